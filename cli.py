@@ -1,0 +1,114 @@
+"""How a script meets its user: the flags that several scripts share, and mistakes told in one line.
+
+Exit status 2 is a mistake in what was asked for, 1 a run that failed; neither shows a traceback.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done: exit status 2."""
+
+    status = 2
+
+
+class RunError(Exception):
+    """What was begun could not be finished: exit status 1."""
+
+    status = 1
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that states defaults in its help and reports a mistake in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run(main):
+    """Call `main()` and end the process as the module docstring says."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+        sys.stdout.flush()
+    except (UsageError, RunError) as error:
+        sys.exit(_say(f"{name}: error: {error}", error.status))
+    except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(_say(f"{name}: error: {error}", 1))
+    except KeyboardInterrupt:
+        sys.exit(_say(f"\n{name}: stopped", 130))
+
+
+def _say(line, status):
+    print(line, file=sys.stderr)
+    return status
+
+
+def positive_int(text):
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def positive_float(text):
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
+for _type in (positive_int, positive_float):
+    _type.__name__ = _type.__name__.replace("_", " ")  # argparse says "invalid positive int value: 'x'"
+
+
+def add_data_arguments(parser, default="auto"):
+    """Add --data and --data-dir, which `data.load` takes."""
+    parser.add_argument(
+        "--data",
+        default=default,
+        metavar="SOURCE",
+        help="cifar10, cifar100, shapes, auto (cifar10 if present or downloadable, else shapes), "
+        "or a folder with train/<class>/* and test/<class>/* pictures",
+    )
+    parser.add_argument("--data-dir", default="./data", metavar="DIR", help="where archives and decoded folders are kept")
+
+
+def add_device_arguments(parser):
+    """Add --device, --precision and --kernels, which `engine.Runtime` takes."""
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes the first of cuda, mps, cpu there is")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto is bf16 where the device multiplies bf16 matrices natively, else fp32")
+    parser.add_argument("--kernels", default="auto", choices=["auto", "torch"], help="auto is the fastest spelling of the network for the device; torch the plain one of vit.py")
+
+
+class Progress:
+    """A bar on one line of the terminal, `label [=====     ] 12/98 text`; silent where stdout is a file or a pipe."""
+
+    def __init__(self, label, total):
+        self.label, self.total, self.live, self.drawn = label, total, sys.stdout.isatty(), -math.inf
+
+    def update(self, done, text=""):
+        """Show `done` of `total`, at most ten times a second."""
+        if self.live and (done == self.total or time.monotonic() - self.drawn > 0.1):
+            self.drawn = time.monotonic()
+            bar = "=" * (30 * done // self.total)
+            sys.stdout.write(f"\r\033[K{self.label} [{bar:<30}] {done:,}/{self.total:,} {text}")
+            sys.stdout.flush()
+
+    def clear(self):
+        """Wipe the line, for the next one to stand in its place."""
+        if self.live:
+            sys.stdout.write("\r\033[K")
+            sys.stdout.flush()
