@@ -1,0 +1,27 @@
+"""Files are written whole: under a temporary name, then renamed, so that no reader ever meets half of one."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; it takes `path`'s name when the block ends and goes when the block fails.
+
+    The temporary name keeps `path`'s suffix, by which some writers choose a format. Folders above are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; these are as public as any other
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

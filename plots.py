@@ -1,0 +1,101 @@
+"""Every figure that the scripts save. Figures are matplotlib objects of their own: no global state, no display."""
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from files import replacing
+
+TRAIN, TEST, NEUTRAL = "#1f77b4", "#d62728", "#444444"
+
+
+def figure(width, height):
+    """A white figure of width x height inches that can be saved."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def save(made, path):
+    """Write a figure as PNG, whole."""
+    with replacing(path) as temporary:
+        made.savefig(temporary, dpi=120, format="png")
+
+
+def show_picture(axes, image):
+    """One uint8 (3, S, S) picture without ticks."""
+    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def sample_rows(rows, names, sides, title):
+    """A grid: each of `rows` is uint8 (n, 3, S, S) with its name in `sides` at the left; `names` head the n columns."""
+    made = figure(1 + len(names), 0.6 + 1.05 * len(rows))
+    made.suptitle(title)
+    grid = made.subplots(len(rows), len(names), squeeze=False)
+    for i, (images, side) in enumerate(zip(rows, sides)):
+        for j, (image, name) in enumerate(zip(images, names)):
+            show_picture(grid[i, j], image)
+            if i == 0:
+                grid[i, j].set_title(name, fontsize=9)
+        grid[i, 0].set_ylabel(side, fontsize=9)
+    return made
+
+
+def curves(history, schedule, steps_per_epoch, title):
+    """Loss, accuracy, learning rate and momentum of a run: `history` is a list of rows, `schedule` a function of the step."""
+    epochs = [row["epoch"] for row in history]
+    made = figure(10, 6.5)
+    made.suptitle(title)
+    (loss, accuracy), (rate, momentum) = made.subplots(2, 2)
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        for part, colour in (("train", TRAIN), ("test", TEST)):
+            values = [row[f"{part}_{name}"] for row in history]
+            axes.plot(epochs, values, color=colour, marker=".", label=f"{part}: {values[-1]:.4g} at the end")
+        axes.legend(frameon=False)
+    loss.set_ylabel("mean cross entropy")
+    accuracy.set_ylabel("accuracy, %")
+    steps = range(schedule.total_steps)
+    for axes, values, name in zip((rate, momentum), zip(*map(schedule, steps)), ("learning rate", "momentum (AdamW's beta1)")):
+        axes.plot([1 + step / steps_per_epoch for step in steps], values, color=NEUTRAL)
+        axes.set_ylabel(name)
+    for axes in (loss, accuracy, rate, momentum):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+    return made
+
+
+def confusion(matrix, class_names, title):
+    """A confusion matrix (K, K; rows actual, columns predicted), coloured by the share of the actual class."""
+    K = len(class_names)
+    side = max(6.5, 0.26 * K)
+    made = figure(side + 1, side)
+    axes = made.subplots()
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    made.colorbar(drawn, label="share of the actual class", shrink=0.8)
+    small = {"fontsize": 9 if K <= 20 else 5}
+    axes.set_xticks(range(K), class_names, rotation=45 if K <= 20 else 90, ha="right" if K <= 20 else "center", **small)
+    axes.set_yticks(range(K), class_names, **small)
+    axes.set(title=title, xlabel="predicted", ylabel="actual")
+    if K <= 20:
+        for i in range(K):
+            for j in range(K):
+                colour = "white" if share[i, j] > 0.5 else "black"
+                axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", fontsize=8, color=colour)
+    return made
+
+
+def misclassified(images, captions, title, columns=5):
+    """A grid of uint8 pictures (n, 3, S, S), each under its caption."""
+    rows = -(-len(captions) // columns)
+    made = figure(2.1 * columns, 0.5 + 2.35 * rows)
+    made.suptitle(title)
+    for axes in made.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, image, caption in zip(made.axes, images, captions):
+        show_picture(axes, image)
+        axes.set_title(caption, fontsize=9)
+    return made
