@@ -1,0 +1,138 @@
+"""The training step and the evaluation pass that train.py, evaluate.py and bench.py share."""
+
+import platform
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from augment import Augmenter
+from cli import RunError, UsageError
+from recipe import build_optimizer
+from schedule import OneCycle
+
+EVALUATION_BATCH = 1000  # one value everywhere: in bf16 the last bits of a logit may depend on the batch it came in
+
+
+class Runtime:
+    """Where and how the model runs: a device, a dtype for activations and a spelling of the forward pass.
+
+    `device` is auto, cpu, cuda or mps; `precision` auto, fp32 or bf16; `kernels_name` auto or torch. Raises UsageError
+    for a device that is not there.
+    """
+
+    def __init__(self, device="auto", precision="auto", kernels_name="auto"):
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if device == "auto":
+            device = next(name for name, there in present.items() if there)
+        if not present[device]:
+            raise UsageError(f"--device {device}: this machine, or this build of torch, has none")
+        self.device = torch.device(device)
+        if precision == "auto":
+            precision = "bf16" if has_bf16_matrices(self.device) else "fp32"
+        self.precision = precision
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        self.forward = kernels.choose(kernels_name, self.device)
+
+    def logits(self, model, images):
+        """Normalised float32 pictures (B, 3, S, S) to float32 logits (B, num_classes).
+
+        Weights stay float32; they are cast to the working dtype on their way in, and their gradients on the way back.
+        """
+        weights = {name: weight.to(self.dtype) for name, weight in model.named_parameters()}
+        return self.forward(model, weights, images.to(self.dtype)).float()
+
+    def describe(self):
+        """The device, as a person knows it, with precision and spelling."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        return f"{self.device.type} ({name}), {self.precision}, {self.forward.__module__}.{self.forward.__name__}"
+
+
+def has_bf16_matrices(device):
+    """Whether the device multiplies bf16 matrices in hardware; where it emulates, bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go: then fp32
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False
+
+
+class Trainer:
+    """One run's moving parts: model, optimizer, schedule, augmentation, and the generator behind every random choice.
+
+    `step` is one update. `epoch` is one pass in random order, the last partial batch kept.
+    """
+
+    def __init__(self, model, dataset, recipe, runtime, normalize, seed):
+        self.model, self.dataset, self.recipe, self.runtime = model, dataset, recipe, runtime
+        self.count = len(dataset.train_images)
+        self.steps_per_epoch = -(-self.count // recipe.batch_size)
+        self.schedule = OneCycle(
+            recipe.max_lr,
+            recipe.epochs * self.steps_per_epoch,
+            recipe.pct_start,
+            recipe.div_factor,
+            recipe.final_div_factor,
+            recipe.base_momentum,
+            recipe.max_momentum,
+            recipe.anneal,
+        )
+        self.generator = torch.Generator(runtime.device).manual_seed(seed)
+        self.augment = Augmenter(recipe.augmentation, normalize, self.count, self.generator)
+        self.optimizer = build_optimizer(recipe, model)
+
+    def step(self, indices, epoch, lr, momentum):
+        """Update on the training pictures at `indices` (B,): summed cross entropy and number correct, on the device."""
+        images = self.augment(self.dataset.train_images[indices], indices, epoch)
+        labels = self.dataset.train_labels[indices]
+        logits = self.runtime.logits(self.model, images)
+        loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = list(self.model.parameters())
+        if self.recipe.l1:  # the gradient of l1 * sum |w| is l1 * sign(w); its value is not part of the loss told
+            torch._foreach_add_([p.grad for p in parameters], torch._foreach_sign(parameters), alpha=self.recipe.l1)
+        for group in self.optimizer.param_groups:
+            group["lr"], group["betas"] = lr, (momentum, self.recipe.beta2)
+        self.optimizer.step()
+        return loss.detach() * len(indices), (logits.detach().argmax(1) == labels).sum()
+
+    def epoch(self, epoch, steps, after_step=lambda done: None):
+        """Up to `steps` updates of one pass, epoch counted from 0: mean cross entropy and accuracy in percent.
+
+        Raises RunError where the mean is not finite. The host waits for the device once, at the end.
+        """
+        batches = torch.randperm(self.count, generator=self.generator, device=self.runtime.device).split(self.recipe.batch_size)
+        loss = correct = seen = 0
+        for i, indices in enumerate(batches[:steps]):
+            lr, momentum = self.schedule(epoch * self.steps_per_epoch + i)
+            batch_loss, batch_correct = self.step(indices, epoch, lr, momentum)
+            loss, correct, seen = loss + batch_loss, correct + batch_correct, seen + len(indices)
+            after_step(i + 1)
+        loss, accuracy = loss.item() / seen, 100 * correct.item() / seen
+        if not torch.isfinite(torch.tensor(loss)):
+            raise RunError(f"the training loss of epoch {epoch + 1} is {loss}: the rate is too high, or the data is not finite")
+        return loss, accuracy
+
+
+@torch.no_grad()
+def predict(runtime, model, normalize, images, tta=False):
+    """float32 logits (N, num_classes) of uint8 pictures (N, 3, S, S); `tta` averages them with the mirrored pictures'."""
+    was_training = model.training
+    model.eval()
+    parts = []
+    for batch in images.split(EVALUATION_BATCH):
+        batch = normalize(batch)
+        logits = runtime.logits(model, batch)
+        parts.append((logits + runtime.logits(model, batch.flip(3))) / 2 if tta else logits)
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def score(logits, labels):
+    """Mean cross entropy and accuracy in percent of logits (N, num_classes) against labels (N,)."""
+    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
