@@ -27,10 +27,10 @@ class Augmentation:
     cutout_size: int = 0  # side in pixels of one square filled with the dataset's mean
 
 
-def take_pixels(images, rows, columns):
-    """Pixel (rows, columns) of each picture: (B, C, S, S), two int64 (B, S, S) of indices -> (B, C, S, S)."""
+def take_pixels(images, index):
+    """The pixels of each picture at `index`, row * S + column, int64 (B, S, S): (B, C, S, S) -> (B, C, S, S)."""
     B, C, S, _ = images.shape
-    index = (rows * S + columns).view(B, 1, S * S).expand(-1, C, -1)  # (B, S, S) -> (B, C, SS)
+    index = index.view(B, 1, S * S).expand(-1, C, -1)  # (B, S, S) -> (B, C, SS)
     return images.reshape(B, C, S * S).gather(2, index).view(B, C, S, S)
 
 
@@ -49,7 +49,7 @@ def crop(images, offsets, border):
     else:
         raise ValueError(f"border is {border!r}; it must be wrap or reflect")
     rows, columns = index.unbind(1)  # 2 x (B, S)
-    return take_pixels(images, rows.view(B, S, 1).expand(B, S, S), columns.view(B, 1, S).expand(B, S, S))
+    return take_pixels(images, rows.view(B, S, 1) * S + columns.view(B, 1, S))
 
 
 def flip(images, chosen):
@@ -73,10 +73,12 @@ def warp(images, shifts, scales, angles):
     x = sin * down + cos * right + (S - 1) / 2
     top, left = y.floor(), x.floor()
     below, beside = (y - top).unsqueeze(1), (x - left).unsqueeze(1)  # (B, 1, S, S), weights of the next row and column
-    row, column = top.long() % S, left.long() % S
-    next_row, next_column = (row + 1) % S, (column + 1) % S
-    upper = torch.lerp(take_pixels(images, row, column).float(), take_pixels(images, row, next_column).float(), beside)
-    lower = torch.lerp(take_pixels(images, next_row, column).float(), take_pixels(images, next_row, next_column).float(), beside)
+    # Indices wrap in float32, where whole numbers up to 2^24 are exact: int64 division is not vectorised on a CPU.
+    rows = [S * (row - S * (row / S).floor()) for row in (top, top + 1)]
+    columns = [column - S * (column / S).floor() for column in (left, left + 1)]
+    upper, lower = (
+        torch.lerp(*(take_pixels(images, (row + column).long()).float() for column in columns), beside) for row in rows
+    )
     return torch.lerp(upper, lower, below)
 
 
@@ -85,8 +87,9 @@ def cutout(images, corners, size, chosen, fill=0.0):
     B, _, S, _ = images.shape
     index = torch.arange(S, device=images.device)
     inside = (index >= corners.view(B, 2, 1)) & (index < corners.view(B, 2, 1) + size)  # (B, 2, S)
-    square = inside[:, 0].view(B, 1, S, 1) & inside[:, 1].view(B, 1, 1, S) & chosen.view(B, 1, 1, 1)
-    return images.masked_fill(square, fill)
+    rows, columns = inside[:, 0] & chosen.view(B, 1), inside[:, 1]
+    square = rows.view(B, 1, S, 1) & columns.view(B, 1, 1, S)
+    return torch.where(square, fill, images)
 
 
 class Normalize:

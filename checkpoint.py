@@ -1,8 +1,10 @@
 """Checkpoints: the weights, and everything that a later script needs to use them without a flag."""
 
+import warnings
+
 import torch
 
-from cli import UsageError
+from cli import UsageError, first_line
 from files import replacing
 from vit import ViT
 
@@ -31,18 +33,20 @@ def load(path, device):
     Raises UsageError for a file that is missing or no checkpoint of this project.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses at what a foreign file is; ours follows
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; `python train.py` writes best.pt") from None
     except Exception as error:  # a foreign file may fail in any way that pickle, zip or torch know
-        raise UsageError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path} is not a checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict) or not FIELDS <= content.keys():
         raise UsageError(f"{path} is not a checkpoint of this project: it lacks {lacking(content)}")
     try:
         model = ViT(**content["sizes"])
         model.load_state_dict(content["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a checkpoint of this project: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path} is not a checkpoint of this project: {first_line(error)}") from None
     return model.to(device).eval(), content
 
 

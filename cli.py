@@ -54,6 +54,11 @@ def _say(line, status):
     return status
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def positive_int(text):
     """An argparse type: a whole number of at least 1."""
     value = int(text)

@@ -26,7 +26,7 @@ from PIL import Image
 import plots
 import shapes
 from augment import Augmenter, Normalize
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, positive_int, run
+from cli import Parser, Progress, RunError, UsageError, add_data_arguments, first_line, positive_int, run
 from files import replacing
 from recipe import RECIPES
 
@@ -250,7 +250,7 @@ def try_download(url, path):
     try:
         torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     except (OSError, ValueError, EOFError) as error:  # urllib's errors are OSErrors; a URL without a scheme, ValueError
-        return str(error) or type(error).__name__
+        return first_line(error)
     finally:
         socket.setdefaulttimeout(previous)
 

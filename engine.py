@@ -87,7 +87,7 @@ class Trainer:
 
     def step(self, indices, epoch, lr, momentum):
         """Update on the training pictures at `indices` (B,): summed cross entropy and number correct, on the device."""
-        images = self.augment(self.dataset.train_images[indices], indices, epoch)
+        images = self.augment(self.dataset.train_images.index_select(0, indices), indices, epoch)
         labels = self.dataset.train_labels[indices]
         logits = self.runtime.logits(self.model, images)
         loss = F.cross_entropy(logits, labels)

@@ -1,19 +1,18 @@
-"""The network as a CPU runs it fastest: the stem as matrix products, the last block for the CLS token alone.
+"""The network as a CPU runs it fastest: the stem in wide convolutions, the last block for the CLS token alone.
 
 Same function of the same weights as vit.py, in plain PyTorch, differentiated by autograd; nothing is compiled, so
 there is no start-up cost. Three things make it fast:
 
-- The stem is two matrix products over pixels-by-channels rows and no convolution. A patch of conv2 (2x2) sees 4x4
-  pixels of the picture; those 4x4x3 numbers times one (48, 128) matrix, which holds conv1's kernel at four positions,
-  are conv1's output at the patch's four pixels, already laid out as conv2's input row. A fourth channel of ones makes
-  conv1's bias a weight: with it the product needs no separate pass for the bias, nor its gradient for the sum, and
-  K = 64 fills whole registers. It computes zeros too (27 of 48 weights count); that is cheaper than rows of 27.
+- A patch of conv2 (2x2) sees 4x4 pixels of the picture. So conv1 becomes one convolution with 4x4 kernels and stride
+  2 whose 128 channels are conv1's 32 at each of the patch's four pixels, and conv2 the matrix (128, 32) applied to
+  them. Half of the 4x4 kernels' weights are zero; a dense product with zeros is cheaper than a thin one without, and
+  nothing has to be moved between the two.
 - The head reads the CLS token alone, so the last block computes keys and values for every token but queries, output
   projection and feed-forward for one. The other 32 tokens' values never reach the logits, nor do they have gradients.
 - Freed memory is kept (`keep_freed_memory`): glibc hands large blocks back to the system at once, and every step
   would fault tens of megabytes in again, page by page, which costs more than the arithmetic.
 
-Letters: B batch, T tokens (33), C width (64), H heads (4), D head width (16), p patch size (2), P patches (256).
+Letters: B batch, T tokens (33), C width (64), H heads (4), D head width (16), p patch size (2).
 """
 
 import ctypes
@@ -22,15 +21,32 @@ import platform
 import torch
 import torch.nn.functional as F
 
+HUGE_PAGE = 2 << 20
 
-def keep_freed_memory():
-    """Tell glibc to keep freed memory for the next allocation, for the rest of the process; False without glibc."""
+
+def keep_freed_memory(top_pad=1 << 30):
+    """Tell glibc to keep freed memory for the next allocation, for the rest of the process; False without glibc.
+
+    `top_pad` bytes of address space are reserved at once, in pages of 2 MB where Linux grants them; they take no
+    memory before they are used.
+    """
     if platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    # From mallopt(3): M_MMAP_MAX = -4, blocks served by mmap (0: none); M_TRIM_THRESHOLD = -1, bytes free at the
-    # top of the heap beyond which they go back; M_TOP_PAD = -2, bytes asked for at a time. Each returns 1 if done.
-    return all([mallopt(-4, 0), mallopt(-1, 2**31 - 1), mallopt(-2, 64 << 20)])
+    libc = ctypes.CDLL(None)
+    # From mallopt(3): M_MMAP_MAX = -4, how many blocks may be mapped apart; M_TRIM_THRESHOLD = -1, the free bytes at
+    # the heap's top above which they go back; M_TOP_PAD = -2, by how much the heap grows. Each call returns 1 if done.
+    if not all([libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1), libc.mallopt(-2, top_pad)]):
+        return False
+    libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    start = libc.sbrk(0)
+    libc.free(libc.malloc(top_pad // 2))  # more than the heap has free, so that it grows now
+    start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, libc.sbrk(0)
+    if end > start:
+        libc.madvise(start, end - start, 14)  # MADV_HUGEPAGE; a kernel without huge pages says no, and nothing is lost
+    return True
 
 
 def forward(model, weights, images):
@@ -49,29 +65,23 @@ def stem(model, weights, images):
     """Pictures (B, c, S, S) to channel tokens (B, channels, dim)."""
     B, c, S, _ = images.shape
     p = model.sizes["patch_size"]
-    side, window, depth = S // p, p + 2, c + 1  # patches on a side, pixels that a patch sees, channels and the ones
-    padded = images.new_zeros(B, S + 2, S + 2, depth)
-    padded[:, 1:-1, 1:-1, :c] = images.permute(0, 2, 3, 1)  # (B, c, S, S) -> (B, S, S, c)
-    padded[..., c] = 1
-    lines = padded.view(B, S + 2, (S + 2) * depth)
-    patches = images.new_empty(B, side, side, window, window * depth)
-    for row in range(window):  # a line of a patch is contiguous in the picture: window * depth numbers
-        patches[:, :, :, row] = lines[:, row : row + S - p + 1 : p].unfold(2, window * depth, p * depth)
-    patches = patches.view(B * side * side, window * window * depth)  # (BP, 64)
-
-    maps = F.gelu(patches @ conv1_matrix(weights, p).t())  # (BP, 64) -> (BP, pp * channels)
-    matrix = weights["stem.conv2.weight"].permute(0, 2, 3, 1).flatten(1)  # (out, in, p, p) -> (out, pp * in)
-    maps = F.gelu(F.linear(maps, matrix, weights["stem.conv2.bias"]))  # (BP, pp * channels) -> (BP, channels)
-    tokens = maps.view(B, side * side, -1).transpose(1, 2)  # (BP, channels) -> (B, channels, P)
+    window, side = p + 2, S // p  # pixels that a patch sees, patches, on a side
+    padded = F.pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(B, S + 2, (S + 2) * c)  # a line of pixels is contiguous
+    patches = padded.unfold(1, window, p).unfold(2, window * c, p * c)  # (B, 16, 16, 4, 4c), overlapping views
+    patches = patches.reshape(B, side, side, window * window * c).permute(0, 3, 1, 2)  # (B, 16c, 16, 16), channels last
+    kernel = conv1_at_every_pixel(weights["stem.conv1.weight"], p).permute(0, 2, 3, 1).flatten(1)  # (pp * 32, 16c)
+    maps = F.conv2d(patches, kernel[:, :, None, None], weights["stem.conv1.bias"].repeat(p * p))  # (B, pp * 32, 16, 16)
+    # An elementwise operation is at its fastest where the order of dimensions is that of memory.
+    maps = F.gelu(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    kernel = weights["stem.conv2.weight"].permute(0, 2, 3, 1).flatten(1)  # (out, in, p, p) -> (out, pp * in)
+    maps = F.conv2d(maps, kernel[:, :, None, None], weights["stem.conv2.bias"])  # (B, pp * 32, 16, 16) -> (B, 32, 16, 16)
+    tokens = F.gelu(maps.flatten(2).contiguous())  # (B, 32, 16, 16) -> (B, 32, 256)
     return F.linear(tokens, weights["stem.project.weight"], weights["stem.project.bias"])
 
 
-def conv1_matrix(weights, p):
-    """conv1's kernel, bias in the centre of the channel of ones, at every pixel of a patch: (pp * out, window^2 * c)."""
-    bias = F.pad(weights["stem.conv1.bias"].view(-1, 1, 1, 1), (1, 1, 1, 1))  # (out,) -> (out, 1, 3, 3)
-    kernel = torch.cat([weights["stem.conv1.weight"], bias], dim=1)  # (out, c + 1, 3, 3)
-    shifted = [F.pad(kernel, (x, p - 1 - x, y, p - 1 - y)) for y in range(p) for x in range(p)]
-    return torch.stack(shifted).permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)  # (pp, out, rows, columns, c + 1)
+def conv1_at_every_pixel(kernel, p):
+    """A 3x3 kernel (out, in, 3, 3) at each pixel of a p x p patch: (pp * out, in, p + 2, p + 2), rows first."""
+    return torch.cat([F.pad(kernel, (x, p - 1 - x, y, p - 1 - y)) for y in range(p) for x in range(p)])
 
 
 def attention(module, weights, name, x, cls_only):
@@ -79,14 +89,15 @@ def attention(module, weights, name, x, cls_only):
     B, T, C = x.shape
     H, D = module.attend.heads, module.attend.dim_head
     y = layer_norm(weights, name + "norm.", x)
-    qkv = weights[name + "qkv.weight"]  # (3HD, C)
+    matrix = weights[name + "qkv.weight"]  # (3HD, C)
+    matrix = torch.cat([matrix[: H * D] * D**-0.5, matrix[H * D :]])  # scale a few weights, not every query
     if cls_only:
         x, T = x[:, :1], 1
-        q = F.linear(y[:, :1], qkv[: H * D]).view(B * H, 1, D)
-        k, v = split_heads(F.linear(y, qkv[H * D :]), 2, H, D)
+        q = F.linear(y[:, :1], matrix[: H * D]).view(B * H, 1, D)
+        k, v = split_heads(F.linear(y, matrix[H * D :]), 2, H, D)
     else:
-        q, k, v = split_heads(F.linear(y, qkv), 3, H, D)
-    scores = torch.bmm(q * D**-0.5, k.transpose(1, 2))  # (BH, T or 1, D) x (BH, D, T) -> (BH, T or 1, T)
+        q, k, v = split_heads(F.linear(y, matrix), 3, H, D)
+    scores = torch.bmm(q, k.transpose(1, 2))  # (BH, T or 1, D) x (BH, D, T) -> (BH, T or 1, T)
     values = torch.bmm(scores.softmax(dim=-1), v)  # (BH, T or 1, T) x (BH, T, D) -> (BH, T or 1, D)
     values = values.view(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
     return x + F.linear(values, weights[name + "out.weight"])

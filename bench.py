@@ -1,0 +1,189 @@
+"""How fast a training step is, as ratios measured in one run.
+
+    python bench.py                          # every way of training on this machine's CPU
+    python bench.py --csv results/bench.csv
+
+Each way runs in a process of its own, round after round in turn, so that what else the machine does falls on all of
+them alike. A step is everything: taking the pictures, augmentation, forward, loss, backward, optimizer.
+"""
+
+import csv
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+from augment import Normalize
+from cli import Parser, Progress, RunError, positive_int, run
+from engine import Runtime, Trainer
+from files import replacing
+from recipe import RECIPES, build_model
+
+BATCH = 512
+WARM_UP = 3  # steps before the timed ones
+# Name -> (kernels, precision) of engine.Runtime. `torch` does nothing but call vit.py's modules.
+WAYS = {
+    "per-picture augmentation, DataLoader, 2 workers, eager fp32": ("torch", "fp32"),
+    "eager fp32": ("torch", "fp32"),
+    "eager bf16": ("torch", "bf16"),
+    "--kernels auto, fp32": ("auto", "fp32"),
+    "--kernels auto, bf16": ("auto", "bf16"),
+}
+PER_PICTURE, PLAIN, *_, OURS = WAYS
+
+
+class PerPicture(torch.utils.data.Dataset):
+    """The original recipe's augmentation as the original ran it: a picture at a time, in NumPy and Pillow, in workers."""
+
+    def __init__(self, images, labels, normalize):
+        self.images, self.labels = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()  # (N, 32, 32, 3)
+        self.mean, self.std = normalize.mean.view(3).numpy(), normalize.std.view(3).numpy()
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        random = np.random.default_rng()
+        image = np.roll(self.images[i], tuple(random.integers(-4, 5, 2)), axis=(0, 1))  # wrap, pad and crop
+        if random.random() < 0.45:
+            image = image[:, ::-1]
+        if random.random() < 0.5:
+            image = self.warp(image, random)
+        image = (image.astype(np.float32) - self.mean) / self.std
+        if random.random() < 0.65:
+            y, x = random.integers(0, 25, 2)
+            image[y : y + 8, x : x + 8] = 0
+        return torch.from_numpy(image.transpose(2, 0, 1).copy()), self.labels[i]
+
+    @staticmethod
+    def warp(image, random):
+        angle, scale = np.radians(random.uniform(-15, 15)), random.uniform(0.8, 1.2)
+        down, right = random.uniform(-0.07 * 32, 0.07 * 32, 2)
+        cos, sin, centre = np.cos(angle) / scale, np.sin(angle) / scale, 12 + 15.5
+        tiled = Image.fromarray(np.pad(image, ((12, 12), (12, 12), (0, 0)), mode="wrap"))
+        matrix = (cos, sin, centre - cos * (15.5 + right) - sin * (15.5 + down), -sin, cos, centre + sin * (15.5 + right) - cos * (15.5 + down))
+        return np.asarray(tiled.transform((32, 32), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+
+
+def time_way(name, steps):
+    """Milliseconds of the first step and of each timed one, this way, in this process."""
+    kernels_name, precision = WAYS[name]
+    runtime = Runtime("cpu", precision, kernels_name)
+    dataset = data.load_shapes(train=(WARM_UP + steps) * BATCH, test=10)
+    normalize = Normalize(dataset.mean, dataset.std, "cpu")
+    recipe = RECIPES["original"]
+    trainer = Trainer(build_model(recipe, 10, 1, "cpu"), dataset, recipe, runtime, normalize, 1)
+    update = per_picture_updates(trainer, normalize) if name == PER_PICTURE else batched_updates(trainer)
+    times, started = [], time.perf_counter()
+    for _ in update:
+        times.append(1e3 * (time.perf_counter() - started))
+        started = time.perf_counter()
+    return {"first": times[0], "steps": times[WARM_UP:]}
+
+
+def batched_updates(trainer):
+    """One epoch of training steps, a yield after each."""
+    order = torch.randperm(trainer.count, generator=trainer.generator)
+    for i, indices in enumerate(order.split(BATCH)):
+        trainer.step(indices, 0, *trainer.schedule(i))
+        yield
+
+
+def per_picture_updates(trainer, normalize):
+    """The same with a DataLoader in front."""
+    pictures = PerPicture(trainer.dataset.train_images, trainer.dataset.train_labels, normalize)
+    loader = torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, num_workers=2)
+    for images, labels in loader:
+        loss = F.cross_entropy(trainer.model(images), labels)
+        loss = loss + trainer.recipe.l1 * sum(p.abs().sum() for p in trainer.model.parameters())
+        trainer.optimizer.zero_grad()
+        loss.backward()
+        trainer.optimizer.step()
+        yield
+
+
+def measure(rounds, steps):
+    """Name -> median milliseconds of a step in each round, and of the first step ever, each in a fresh process."""
+    results = {name: {"rounds": [], "first": []} for name in WAYS}
+    progress = Progress("measuring", rounds * len(WAYS))
+    for i in range(rounds):
+        for j, name in enumerate(WAYS):
+            command = [sys.executable, __file__, "--way", name, "--steps", str(steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RunError(f"{name}: {(done.stderr.splitlines() or ['it failed without a word'])[-1]}")
+            told = json.loads(done.stdout)
+            results[name]["rounds"].append(statistics.median(told["steps"]))
+            results[name]["first"].append(told["first"])
+            progress.update(i * len(WAYS) + j + 1, name)
+    progress.clear()
+    return results
+
+
+def report(results, machine):
+    """Rows of the table: each way's step, pictures a second and speed against the two old ways, pair by pair."""
+    rows = []
+    for name, result in results.items():
+        step = statistics.median(result["rounds"])
+        row = {"way": name, "ms_per_step": f"{step:.1f}", "pictures_per_second": f"{BATCH * 1e3 / step:.0f}"}
+        for key, other in (("times_plain", PLAIN), ("times_per_picture", PER_PICTURE)):
+            ratios = [theirs / ours for theirs, ours in zip(results[other]["rounds"], result["rounds"])]
+            row[key] = f"{statistics.median(ratios):.2f}"
+            row[key + "_range"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        row["first_step_ms"] = f"{statistics.median(result['first']):.0f}"
+        rows.append({**row, **machine})
+    return rows
+
+
+def print_table(rows):
+    columns = ("way", "ms_per_step", "pictures_per_second", "times_plain", "times_plain_range", "times_per_picture", "first_step_ms")
+    print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(row[column] for column in columns) + " |")
+
+
+def main():
+    parser = Parser(description="Measure a training step of 512 pictures (recipe original) every way this machine's CPU can take.")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="how often each way is measured, in turn")
+    parser.add_argument("--steps", type=positive_int, default=15, help="timed steps a round; the median counts")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there (default: nowhere)")
+    parser.add_argument("--way", choices=list(WAYS), help="measure this one way once, in this process, and print JSON (default: all)")
+    arguments = parser.parse_args()
+    if arguments.way:
+        return print(json.dumps(time_way(arguments.way, arguments.steps)))
+    machine = {
+        "cpu": cpu_name(), "cores": os.cpu_count(), "torch": str(torch.__version__),
+        "date": datetime.date.today().isoformat(), "rounds": arguments.rounds, "steps": arguments.steps,
+    }  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    rows = report(measure(arguments.rounds, arguments.steps), machine)
+    print_table(rows)
+    if arguments.csv:
+        with replacing(arguments.csv) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def cpu_name():
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,347 @@
+"""Training from the command line to the last file, against plain PyTorch, twice the same, and after every mistake."""
+
+import csv
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import data
+import engine
+import evaluate
+import train
+from augment import Augmentation, Normalize
+from cli import Parser, RunError, UsageError, run
+from engine import Runtime, Trainer
+from files import replacing
+from recipe import RECIPES, Recipe, build_model
+from test_data import CIFAR_COPY
+from vit import ViT
+
+ROOT = Path(__file__).parent.parent
+
+
+def shell(*command, **kwargs):
+    """A script as a user runs it, from the project's folder."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def invoke(module, arguments, monkeypatch, capsys):
+    """A script's main in this process: exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    try:
+        run(module.main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def small():
+    return data.load_shapes(train=300, test=100)
+
+
+@pytest.fixture
+def small_shapes(monkeypatch, small):
+    monkeypatch.setattr(data, "load_shapes", lambda: small)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+# --- the whole way ---
+
+
+@pytest.mark.parametrize(
+    "source", ["shapes", pytest.param(CIFAR_COPY, marks=pytest.mark.skipif(not CIFAR_COPY.is_dir(), reason="no folder of real CIFAR-10 pictures"))]
+)
+def test_from_the_command_line_to_an_evaluated_checkpoint(tmp_path, source):
+    out, name = tmp_path / "out", Path(source).name
+    done = shell("train.py", "--data", source, "--data-dir", tmp_path / "data", "--out", out, "--max-steps", 4, "--batch-size", 256)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"data set  {name}: 50,000 train, 10,000 test, 10 classes" in done.stdout
+    assert "\r" not in done.stdout  # no progress bar in a file
+    (folder,) = (out / "runs").iterdir()
+    assert folder.name.endswith(f"-default-{name}-seed1")
+    assert sorted(os.listdir(folder)) == ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
+    assert sorted(os.listdir(out)) == ["best.pt", "runs"]
+    assert (out / "best.pt").read_bytes() == (folder / "best.pt").read_bytes()
+    (row,) = csv.DictReader(open(folder / "history.csv"))
+    content = torch.load(out / "best.pt", weights_only=True)
+    assert content["test_accuracy"] == float(row["test_accuracy"]) and content["config"] == json.loads((folder / "config.json").read_text())
+
+    done = shell("evaluate.py", "--ckpt", out / "best.pt", "--data-dir", tmp_path / "data", "--tta", "flip")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"accuracy {float(row['test_accuracy']):.2f} %, mean loss {float(row['test_loss']):.4f}" in done.stdout
+    assert "with test-time augmentation" in done.stdout and "weighted avg" in done.stdout
+    for picture in ("confusion.png", "misclassified.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_script_describes_and_draws(tmp_path, small_shapes, monkeypatch, capsys):
+    status, out, _ = invoke(data, ["--data", "shapes", "--recipe", "original", "--out", tmp_path / "x.png"], monkeypatch, capsys)
+    assert status == 0 and "checkered" in out and "red        mean" in out
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_vit_script_prints_the_cost():
+    done = shell("vit.py")
+    assert done.returncode == 0 and "72,170" in done.stdout
+
+
+# --- what a step does ---
+
+
+def small_recipe(**changes):
+    return dataclasses.replace(RECIPES["original"], epochs=2, batch_size=128, augmentation=Augmentation(), **changes)
+
+
+def make_trainer(dataset, recipe, seed=1, **runtime):
+    normalize = Normalize(dataset.mean, dataset.std, "cpu")
+    model = build_model(recipe, dataset.num_classes, seed, "cpu")
+    return Trainer(model, dataset, recipe, Runtime("cpu", **runtime), normalize, seed), normalize
+
+
+def test_training_is_the_plain_loop(small):
+    """Two epochs against torch's own scheduler, autograd's L1 term and the module called as it stands."""
+    recipe = small_recipe(max_lr=0.003)
+    trainer, normalize = make_trainer(small, recipe, precision="fp32", kernels_name="torch")
+    plain = build_model(recipe, 10, 1, "cpu")
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.003, total_steps=6, pct_start=5 / 24, div_factor=10, final_div_factor=10, anneal_strategy="linear"
+    )
+    generator = torch.Generator().manual_seed(1)
+    for epoch in range(2):
+        order = torch.randperm(300, generator=generator)
+        losses = []
+        for indices in (order[:128], order[128:256], order[256:]):
+            cross_entropy = F.cross_entropy(plain(normalize(small.train_images[indices])), small.train_labels[indices])
+            optimizer.zero_grad()
+            (cross_entropy + 2.5e-5 * sum(p.abs().sum() for p in plain.parameters())).backward()
+            optimizer.step()
+            scheduler.step() if scheduler.last_epoch < 5 else None
+            losses.append(cross_entropy.item() * len(indices))
+        loss, _ = trainer.epoch(epoch, 3)
+        assert loss == pytest.approx(sum(losses) / 300, rel=1e-4)
+    for (name, ours), theirs in zip(trainer.model.named_parameters(), plain.parameters()):
+        assert torch.allclose(ours, theirs, rtol=0, atol=2e-4), name
+
+
+def test_cpu_spelling_trains_as_the_plain_one(small):
+    recipe = small_recipe(max_lr=0.003)
+    losses = []
+    for kernels_name in ("auto", "torch"):
+        trainer, _ = make_trainer(small, recipe, precision="fp32", kernels_name=kernels_name)
+        losses.append([trainer.epoch(epoch, 3)[0] for epoch in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_seed_same_bits_and_another_seed_others(small, precision):
+    def run_once(seed):
+        trainer, _ = make_trainer(small, dataclasses.replace(RECIPES["original"], epochs=1, batch_size=128), seed, precision=precision)
+        told = trainer.epoch(0, 3)
+        return told, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    (told, bits), (told_again, bits_again), (_, other) = run_once(1), run_once(1), run_once(2)
+    assert told == told_again and torch.equal(bits, bits_again) and not torch.equal(bits, other)
+
+
+def test_building_a_model_leaves_the_global_random_state():
+    before = torch.random.get_rng_state()
+    build_model(RECIPES["default"], 10, 5, "cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_default_recipe_learns(small):
+    recipe = dataclasses.replace(RECIPES["default"], epochs=40, batch_size=100, augmentation=Augmentation())
+    trainer, _ = make_trainer(small, recipe)
+    first = trainer.epoch(0, 3)[0]
+    for epoch in range(1, 40):
+        last, accuracy = trainer.epoch(epoch, 3)
+    assert last < first / 2 and accuracy > 60
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(small):
+    trainer, _ = make_trainer(small, small_recipe())
+    with torch.no_grad():
+        trainer.model.cls_token.fill_(float("nan"))
+    with pytest.raises(RunError, match="training loss of epoch 1 is nan"):
+        trainer.epoch(0, 3)
+
+
+def test_original_recipe_is_to_the_letter():
+    assert RECIPES["original"] == Recipe(
+        epochs=24, batch_size=512, max_lr=0.03, pct_start=5 / 24, div_factor=10, final_div_factor=10, anneal="linear",
+        weight_decay=0.0, l1=2.5e-5, embedding_std=1.0, base_momentum=0.85, max_momentum=0.95, beta2=0.999, eps=1e-8,
+        augmentation=Augmentation(4, "wrap", "random", 0.45, 0.5, 0.07, 0.2, 15.0, 0.65, 8),
+    )  # fmt: skip
+
+
+# --- runs and their files ---
+
+
+def test_runs_are_kept_apart_and_summed_up(small_shapes, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", "shapes", "--out", tmp_path, "--epochs", 2, "--batch-size", 100, "--runs", 2, "--seed", 3]
+    status, out, err = invoke(train, arguments, monkeypatch, capsys)
+    assert (status, err) == (0, "")
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert [folder.name.split("-")[-1] for folder in folders] == ["seed3", "seed4"]
+    last = [float(list(csv.DictReader(open(folder / "history.csv")))[-1]["test_accuracy"]) for folder in folders]
+    assert f"last epoch: mean {sum(last) / 2:.2f}, std {abs(last[0] - last[1]) / 2**0.5:.2f} ({last[0]:.2f}, {last[1]:.2f})" in out
+    assert out.count("accuracy improved from 0.00 to ") == 2
+    assert (tmp_path / "best.pt").read_bytes() == (folders[1] / "best.pt").read_bytes()
+
+    kept = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
+    assert invoke(train, arguments, monkeypatch, capsys)[0] == 0  # the same command again
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    first, again = (weights(folder / "last.pt") for folder in (tmp_path / "runs").glob("*seed3*"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path):
+    assert len({train.new_folder(tmp_path, "x") for _ in range(5)}) == 5
+
+
+def test_number_of_classes_follows_the_data(tmp_path, small, monkeypatch, capsys):
+    two = dataclasses.replace(
+        small, train_labels=small.train_labels % 2, test_labels=small.test_labels % 2, class_names=("even", "odd"), name="two"
+    )
+    monkeypatch.setattr(data, "load_shapes", lambda: two)
+    assert invoke(train, ["--data", "shapes", "--out", tmp_path, "--epochs", 1, "--batch-size", 100], monkeypatch, capsys)[0] == 0
+    assert weights(tmp_path / "best.pt")["head.weight"].shape == (2, 64)
+    status, out, _ = invoke(evaluate, ["--ckpt", tmp_path / "best.pt"], monkeypatch, capsys)
+    assert status == 0 and "odd" in out
+    monkeypatch.setattr(data, "load_shapes", lambda: small)
+    status, _, err = invoke(evaluate, ["--ckpt", tmp_path / "best.pt"], monkeypatch, capsys)
+    assert status == 2 and "knows 2 classes" in err
+
+
+def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        with replacing(path) as temporary:
+            temporary.write_text("half of the ne")
+            raise RuntimeError("the disk is full")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+# --- mistakes ---
+
+WRONG_COMMANDS = [
+    (train, ["--epochs", 0], "--epochs"),
+    (train, ["--batch-size", 0], "--batch-size"),
+    (train, ["--batch-size", "x"], "--batch-size"),
+    (train, ["--data", "shapes", "--batch-size", 301], "--batch-size 301 is larger than the 300 training pictures"),
+    (train, ["--max-lr", -1], "--max-lr"),
+    (train, ["--max-lr", "nan"], "--max-lr"),
+    (train, ["--runs", 0], "--runs"),
+    (train, ["--max-steps", 0], "--max-steps"),
+    (train, ["--recipe", "best"], "--recipe"),
+    (train, ["--precision", "fp8"], "--precision"),
+    (train, ["--kernels", "fast"], "--kernels"),
+    (train, ["--data", "no/such/folder"], "no/such/folder"),
+    (train, ["--no-such-flag"], "--no-such-flag"),
+    (train, ["--out", "/dev/null/x"], "--out /dev/null/x"),
+    (train, ["--out", __file__], "--out"),
+    (data, ["--n", 0], "--n"),
+    (data, ["--data", "nothing"], "nothing"),
+    (evaluate, ["--ckpt", "missing.pt"], "missing.pt does not exist"),
+    (evaluate, ["--ckpt", __file__], "is not a checkpoint"),
+    (evaluate, ["--tta", "rotate"], "--tta"),
+    (evaluate, ["--n", 0], "--n"),
+]
+
+
+@pytest.mark.parametrize("module, arguments, told", WRONG_COMMANDS, ids=lambda value: value.__name__ if hasattr(value, "__name__") else None)
+def test_a_mistake_is_one_line_and_exit_status_2(module, arguments, told, tmp_path, small_shapes, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = invoke(module, arguments, monkeypatch, capsys)
+    assert status == 2 and told in err and err.count("\n") == 1
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(monkeypatch, capsys):
+    status, _, err = invoke(train, ["--device", "cuda"], monkeypatch, capsys)
+    assert status == 2 and err == "train.py: error: --device cuda: this machine, or this build of torch, has none\n"
+
+
+def test_a_failed_run_is_one_line_and_exit_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load_shapes", lambda: (_ for _ in ()).throw(RunError("no pictures today")))
+    status, _, err = invoke(train, ["--data", "shapes", "--out", tmp_path], monkeypatch, capsys)
+    assert (status, err) == (1, "train.py: error: no pictures today\n")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_foreign_checkpoints_are_refused_and_not_executed(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    good = tmp_path / "good.pt"
+    checkpoint.save(good, ViT(), small, {"data": "shapes"}, 1, 10.0)
+    content = torch.load(good, weights_only=True)
+    checkpoint.load(good, "cpu")
+    spoilt = {
+        "empty": b"",
+        "half": good.read_bytes()[: good.stat().st_size // 2],
+        "pickle": pickle.dumps(Malicious()),
+        "code": {"model": Malicious()},
+        "list": [1, 2],
+        "fields": {"model": content["model"]},
+        "sizes": {**content, "sizes": {"depth": 3}},
+        "unknown size": {**content, "sizes": {"width": 3}},
+        "weights": {**content, "model": {**content["model"], "cls_token": torch.zeros(2)}},
+    }
+    for name, value in spoilt.items():
+        path = tmp_path / name
+        path.write_bytes(value) if isinstance(value, bytes) else torch.save(value, path)
+        with pytest.raises(UsageError, match="is not a checkpoint") as refusal:
+            checkpoint.load(path, "cpu")
+        assert "\n" not in str(refusal.value), name
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoint_gives_the_model_back(tmp_path, small):
+    model = ViT(num_classes=10, depth=1)
+    checkpoint.save(tmp_path / "x.pt", model, small, {"data": "shapes"}, 7, 12.5)
+    loaded, content = checkpoint.load(tmp_path / "x.pt", "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert content["class_names"] == list(small.class_names) and content["mean"] == list(small.mean) and content["epoch"] == 7
+
+
+def test_help_states_every_default():
+    class Halt(Exception):
+        pass
+
+    for module in ("train", "evaluate", "data"):
+        text = shell(f"{module}.py", "--help").stdout
+        for flag in [line for line in text.splitlines() if line.startswith("  --")]:
+            assert "(default:" in text[text.index(flag) :].split("\n  --")[0], flag
+
+
+def test_flip_tta_averages_the_mirrored_logits(small):
+    runtime, normalize = Runtime("cpu", "fp32"), Normalize(small.mean, small.std, "cpu")
+    model = build_model(RECIPES["default"], 10, 1, "cpu")
+    plain, mirrored = (engine.predict(runtime, model, normalize, images) for images in (small.test_images, small.test_images.flip(3)))
+    both = engine.predict(runtime, model, normalize, small.test_images, tta=True)
+    assert torch.allclose(both, (plain + mirrored) / 2, rtol=0, atol=1e-6) and not torch.allclose(both, plain, rtol=0, atol=1e-3)
