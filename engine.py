@@ -135,4 +135,4 @@ def predict(runtime, model, normalize, images, tta=False):
 
 def score(logits, labels):
     """Mean cross entropy and accuracy in percent of logits (N, num_classes) against labels (N,)."""
-    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
+    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
