@@ -7,7 +7,6 @@ Each way runs in a process of its own, round after round in turn, so that what e
 them alike. A step is everything: taking the pictures, augmentation, forward, loss, backward, optimizer.
 """
 
-import csv
 import datetime
 import json
 import os
@@ -27,7 +26,7 @@ import data
 from augment import Normalize
 from cli import Parser, Progress, RunError, positive_int, run
 from engine import Runtime, Trainer
-from files import replacing
+from files import write_csv
 from recipe import RECIPES, build_model
 
 BATCH = 512
@@ -170,10 +169,7 @@ def main():
     rows = report(measure(arguments.rounds, arguments.steps), machine)
     print_table(rows)
     if arguments.csv:
-        with replacing(arguments.csv) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.csv, rows)
 
 
 def cpu_name():

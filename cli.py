@@ -22,11 +22,18 @@ class RunError(Exception):
     status = 1
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: ...)" to a flag's help, unless the help says in words what happens without the flag."""
+
+    def _get_help_string(self, action):
+        return action.help if "(default: " in (action.help or "") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that states defaults in its help and reports a mistake in one line."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -86,7 +93,7 @@ def add_data_arguments(parser, default="auto"):
         default=default,
         metavar="SOURCE",
         help="cifar10, cifar100, shapes, auto (cifar10 if present or downloadable, else shapes), "
-        "or a folder with train/<class>/* and test/<class>/* pictures",
+        "or a folder with train/<class>/* and test/<class>/* pictures" + ("" if default else " (default: the checkpoint's)"),
     )
     parser.add_argument("--data-dir", default="./data", metavar="DIR", help="where archives and decoded folders are kept")
 

@@ -1,6 +1,7 @@
 """Files are written whole: under a temporary name, then renamed, so that no reader ever meets half of one."""
 
 import contextlib
+import csv
 import os
 import tempfile
 from pathlib import Path
@@ -25,3 +26,11 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, rows):
+    """Write dicts with the same keys as a table with a head."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)

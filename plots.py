@@ -58,10 +58,10 @@ def curves(history, schedule, steps_per_epoch, title):
     accuracy.set_ylabel("accuracy, %")
     steps = range(schedule.total_steps)
     for axes, values, name in zip((rate, momentum), zip(*map(schedule, steps)), ("learning rate", "momentum (AdamW's beta1)")):
-        axes.plot([1 + step / steps_per_epoch for step in steps], values, color=NEUTRAL)
+        axes.plot([step / steps_per_epoch for step in steps], values, color=NEUTRAL)
         axes.set_ylabel(name)
     for axes in (loss, accuracy, rate, momentum):
-        axes.set_xlabel("epoch")
+        axes.set_xlabel("epochs passed")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
     return made
@@ -98,4 +98,31 @@ def misclassified(images, captions, title, columns=5):
     for axes, image, caption in zip(made.axes, images, captions):
         show_picture(axes, image)
         axes.set_title(caption, fontsize=9)
+    return made
+
+
+def lr_range(history, suggestions, mode, title):
+    """Loss, raw and smoothed, and accuracy over the rates of a range test, with the suggestions marked."""
+    rates = [row["rate"] for row in history]
+    made = figure(9, 7)
+    made.suptitle(title)
+    loss, accuracy = made.subplots(2, 1, sharex=True)
+    loss.plot(rates, [row["loss"] for row in history], color=TRAIN, alpha=0.3, linewidth=1, label="loss, mean at each rate")
+    loss.plot(rates, [row["smoothed"] for row in history], color=TRAIN, linewidth=2, label="loss, smoothed")
+    start, low = history[0]["loss"], min(row["smoothed"] for row in history)
+    loss.set_ylim(low - 0.1 * (start - low), start + 0.6 * (start - low) if start > low else None)  # divergence runs off the top
+    accuracy.plot(rates, [row["train_accuracy"] for row in history], color=TRAIN, alpha=0.6, linewidth=1, label="train")
+    if "test_accuracy" in history[0]:
+        accuracy.plot(rates, [row["test_accuracy"] for row in history], color=TEST, alpha=0.8, linewidth=1, label="test")
+    marks = [(name, pick.rate) for name, pick in suggestions.items() if pick.rate is not None]
+    for (name, rate), colour in zip(marks, ("#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")):
+        for axes in (loss, accuracy):
+            axes.axvline(rate, color=colour, linestyle="--", linewidth=1.2, label=f"{name}: {rate:.3g}" if axes is loss else None)
+    if mode == "exp":
+        loss.set_xscale("log")
+    loss.set_ylabel("mean cross entropy")
+    accuracy.set(ylabel="accuracy, %", xlabel=f"learning rate, {'logarithmic' if mode == 'exp' else 'linear'} axis")
+    for axes in (loss, accuracy):
+        axes.legend(frameon=False, fontsize=9)
+        axes.grid(alpha=0.25)
     return made

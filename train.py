@@ -8,7 +8,6 @@ Every run writes best.pt, last.pt, history.csv, config.json and curves.png to a 
 best.pt beside runs/ is always the newest run's best.
 """
 
-import csv
 import dataclasses
 import datetime
 import json
@@ -28,19 +27,24 @@ import plots
 from augment import Normalize
 from cli import Parser, Progress, RunError, UsageError, add_data_arguments, add_device_arguments, positive_float, positive_int, run
 from engine import Runtime, Trainer, predict, score
-from files import replacing
+from files import replacing, write_csv
 from recipe import RECIPES, build_model
 
 ROW = "{:>5} {:>10} {:>8} {:>10} {:>9} {:>9} {:>8} {:>7}"
 HEADER = ROW.format("epoch", "lr", "momentum", "train loss", "acc %", "test loss", "acc %", "seconds")
 
 
+def of_recipes(field):
+    """What a setting is without its flag, for --help."""
+    return "(default: the recipe's: " + ", ".join(f"{name} {getattr(recipe, field)}" for name, recipe in sorted(RECIPES.items())) + ")"
+
+
 def parse():
     parser = Parser(description="Train the channel-token ViT; ends with an evaluated best.pt.")
     parser.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="the settings to start from; flags below override them")
-    parser.add_argument("--epochs", type=positive_int, help="passes over the training pictures (default: the recipe's)")
-    parser.add_argument("--batch-size", type=positive_int, help="pictures a step (default: the recipe's)")
-    parser.add_argument("--max-lr", type=positive_float, help="the schedule's peak learning rate (default: the recipe's)")
+    parser.add_argument("--epochs", type=positive_int, help=f"passes over the training pictures {of_recipes('epochs')}")
+    parser.add_argument("--batch-size", type=positive_int, help=f"pictures a step {of_recipes('batch_size')}")
+    parser.add_argument("--max-lr", type=positive_float, help=f"the schedule's peak learning rate {of_recipes('max_lr')}")
     add_data_arguments(parser)
     add_device_arguments(parser)
     parser.add_argument("--seed", type=int, default=1, help="of the weights, the order of pictures and the augmentation")
@@ -125,7 +129,7 @@ def train(recipe, dataset, runtime, config, out):
             for place in (folder, out):
                 with replacing(place / "best.pt") as temporary:
                     shutil.copyfile(folder / "last.pt", temporary)
-        write_history(folder / "history.csv", history)
+        write_csv(folder / "history.csv", history)
         print(end="", flush=True)
     title = f"{dataset.name}, recipe {config['recipe']}, seed {seed}"
     plots.save(plots.curves(history, trainer.schedule, trainer.steps_per_epoch, title), folder / "curves.png")
@@ -192,13 +196,6 @@ def new_folder(runs, name):
 def write_json(path, content):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def write_history(path, history):
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0].keys())
-        writer.writeheader()
-        writer.writerows(history)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CIFAR_COPY
 from PIL import Image
 
 import data
 import shapes
 from cli import RunError, UsageError
-
-CIFAR_COPY = Path(os.environ.get("CIFAR10_FOLDER", Path(__file__).parent.parent / "data" / "cifar10-folder"))
 
 
 def batch(n, seed, classes=10):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CIFAR_COPY, make_trainer, small_recipe
 
 import checkpoint
 import data
@@ -19,11 +20,11 @@ import engine
 import evaluate
 import train
 from augment import Augmentation, Normalize
-from cli import Parser, RunError, UsageError, run
-from engine import Runtime, Trainer
+from cli import RunError, UsageError
+from engine import Runtime
 from files import replacing
+from kernels import cpu
 from recipe import RECIPES, Recipe, build_model
-from test_data import CIFAR_COPY
 from vit import ViT
 
 ROOT = Path(__file__).parent.parent
@@ -32,28 +33,6 @@ ROOT = Path(__file__).parent.parent
 def shell(*command, **kwargs):
     """A script as a user runs it, from the project's folder."""
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, **kwargs)
-
-
-def invoke(module, arguments, monkeypatch, capsys):
-    """A script's main in this process: exit status, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-    try:
-        run(module.main)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-@pytest.fixture
-def small():
-    return data.load_shapes(train=300, test=100)
-
-
-@pytest.fixture
-def small_shapes(monkeypatch, small):
-    monkeypatch.setattr(data, "load_shapes", lambda: small)
 
 
 def weights(path):
@@ -89,8 +68,8 @@ def test_from_the_command_line_to_an_evaluated_checkpoint(tmp_path, source):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_data_script_describes_and_draws(tmp_path, small_shapes, monkeypatch, capsys):
-    status, out, _ = invoke(data, ["--data", "shapes", "--recipe", "original", "--out", tmp_path / "x.png"], monkeypatch, capsys)
+def test_data_script_describes_and_draws(tmp_path, small_shapes, invoke):
+    status, out, _ = invoke(data, ["--data", "shapes", "--recipe", "original", "--out", tmp_path / "x.png"])
     assert status == 0 and "checkered" in out and "red        mean" in out
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
@@ -101,16 +80,6 @@ def test_vit_script_prints_the_cost():
 
 
 # --- what a step does ---
-
-
-def small_recipe(**changes):
-    return dataclasses.replace(RECIPES["original"], epochs=2, batch_size=128, augmentation=Augmentation(), **changes)
-
-
-def make_trainer(dataset, recipe, seed=1, **runtime):
-    normalize = Normalize(dataset.mean, dataset.std, "cpu")
-    model = build_model(recipe, dataset.num_classes, seed, "cpu")
-    return Trainer(model, dataset, recipe, Runtime("cpu", **runtime), normalize, seed), normalize
 
 
 def test_training_is_the_plain_loop(small):
@@ -193,9 +162,9 @@ def test_original_recipe_is_to_the_letter():
 # --- runs and their files ---
 
 
-def test_runs_are_kept_apart_and_summed_up(small_shapes, tmp_path, monkeypatch, capsys):
+def test_runs_are_kept_apart_and_summed_up(small_shapes, tmp_path, invoke):
     arguments = ["--data", "shapes", "--out", tmp_path, "--epochs", 2, "--batch-size", 100, "--runs", 2, "--seed", 3]
-    status, out, err = invoke(train, arguments, monkeypatch, capsys)
+    status, out, err = invoke(train, arguments)
     assert (status, err) == (0, "")
     folders = sorted((tmp_path / "runs").iterdir())
     assert [folder.name.split("-")[-1] for folder in folders] == ["seed3", "seed4"]
@@ -205,7 +174,7 @@ def test_runs_are_kept_apart_and_summed_up(small_shapes, tmp_path, monkeypatch, 
     assert (tmp_path / "best.pt").read_bytes() == (folders[1] / "best.pt").read_bytes()
 
     kept = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
-    assert invoke(train, arguments, monkeypatch, capsys)[0] == 0  # the same command again
+    assert invoke(train, arguments)[0] == 0  # the same command again
     assert len(list((tmp_path / "runs").iterdir())) == 4
     assert all(path.read_bytes() == content for path, content in kept.items())
     first, again = (weights(folder / "last.pt") for folder in (tmp_path / "runs").glob("*seed3*"))
@@ -216,17 +185,17 @@ def test_two_runs_of_one_second_have_two_folders(tmp_path):
     assert len({train.new_folder(tmp_path, "x") for _ in range(5)}) == 5
 
 
-def test_number_of_classes_follows_the_data(tmp_path, small, monkeypatch, capsys):
+def test_number_of_classes_follows_the_data(tmp_path, small, monkeypatch, invoke):
     two = dataclasses.replace(
         small, train_labels=small.train_labels % 2, test_labels=small.test_labels % 2, class_names=("even", "odd"), name="two"
     )
     monkeypatch.setattr(data, "load_shapes", lambda: two)
-    assert invoke(train, ["--data", "shapes", "--out", tmp_path, "--epochs", 1, "--batch-size", 100], monkeypatch, capsys)[0] == 0
+    assert invoke(train, ["--data", "shapes", "--out", tmp_path, "--epochs", 1, "--batch-size", 100])[0] == 0
     assert weights(tmp_path / "best.pt")["head.weight"].shape == (2, 64)
-    status, out, _ = invoke(evaluate, ["--ckpt", tmp_path / "best.pt"], monkeypatch, capsys)
+    status, out, _ = invoke(evaluate, ["--ckpt", tmp_path / "best.pt"])
     assert status == 0 and "odd" in out
     monkeypatch.setattr(data, "load_shapes", lambda: small)
-    status, _, err = invoke(evaluate, ["--ckpt", tmp_path / "best.pt"], monkeypatch, capsys)
+    status, _, err = invoke(evaluate, ["--ckpt", tmp_path / "best.pt"])
     assert status == 2 and "knows 2 classes" in err
 
 
@@ -271,22 +240,22 @@ WRONG_COMMANDS = [
 
 
 @pytest.mark.parametrize("module, arguments, told", WRONG_COMMANDS, ids=lambda value: value.__name__ if hasattr(value, "__name__") else None)
-def test_a_mistake_is_one_line_and_exit_status_2(module, arguments, told, tmp_path, small_shapes, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_exit_status_2(module, arguments, told, tmp_path, small_shapes, monkeypatch, invoke):
     monkeypatch.chdir(tmp_path)
-    status, _, err = invoke(module, arguments, monkeypatch, capsys)
+    status, _, err = invoke(module, arguments)
     assert status == 2 and told in err and err.count("\n") == 1
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(monkeypatch, capsys):
-    status, _, err = invoke(train, ["--device", "cuda"], monkeypatch, capsys)
+def test_a_device_that_is_not_there(invoke):
+    status, _, err = invoke(train, ["--device", "cuda"])
     assert status == 2 and err == "train.py: error: --device cuda: this machine, or this build of torch, has none\n"
 
 
-def test_a_failed_run_is_one_line_and_exit_status_1(tmp_path, monkeypatch, capsys):
+def test_a_failed_run_is_one_line_and_exit_status_1(tmp_path, monkeypatch, invoke):
     monkeypatch.setattr(data, "load_shapes", lambda: (_ for _ in ()).throw(RunError("no pictures today")))
-    status, _, err = invoke(train, ["--data", "shapes", "--out", tmp_path], monkeypatch, capsys)
+    status, _, err = invoke(train, ["--data", "shapes", "--out", tmp_path])
     assert (status, err) == (1, "train.py: error: no pictures today\n")
 
 
@@ -329,14 +298,19 @@ def test_checkpoint_gives_the_model_back(tmp_path, small):
     assert content["class_names"] == list(small.class_names) and content["mean"] == list(small.mean) and content["epoch"] == 7
 
 
-def test_help_states_every_default():
-    class Halt(Exception):
-        pass
+def test_help_states_every_default(invoke):
+    for module in (train, evaluate, data):
+        status, text, _ = invoke(module, ["--help"])
+        _, *flags = text.split("options:")[1].split("\n  --")  # what comes before the first is --help itself
+        assert status == 0 and len(flags) > 4
+        assert all(" ".join(flag.split()).count("(default: ") == 1 and "(default: None)" not in flag for flag in flags)
 
-    for module in ("train", "evaluate", "data"):
-        text = shell(f"{module}.py", "--help").stdout
-        for flag in [line for line in text.splitlines() if line.startswith("  --")]:
-            assert "(default:" in text[text.index(flag) :].split("\n  --")[0], flag
+
+def test_without_bf16_or_glibc_the_run_goes_on(small, monkeypatch):
+    monkeypatch.setattr(engine, "has_bf16_matrices", lambda device: False)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert not cpu.keep_freed_memory()
+    assert Runtime("cpu").precision == "fp32" and Runtime("cpu", "bf16").precision == "bf16"
 
 
 def test_flip_tta_averages_the_mirrored_logits(small):
