@@ -1,5 +1,6 @@
 """Checkpoints: the weights, and everything that a later script needs to use them without a flag."""
 
+import io
 import warnings
 
 import torch
@@ -23,8 +24,10 @@ def save(path, model, dataset, config, epoch, test_accuracy):
         "epoch": epoch,
         "test_accuracy": test_accuracy,
     }
+    buffer = io.BytesIO()  # torch.save would report a full disk as a RuntimeError of its own
+    torch.save(content, buffer)
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load(path, device):

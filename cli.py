@@ -86,6 +86,17 @@ for _type in (positive_int, positive_float):
     _type.__name__ = _type.__name__.replace("_", " ")  # argparse says "invalid positive int value: 'x'"
 
 
+def output_folder(path):
+    """Make the folder --out names, before work that would be lost without it; raises UsageError if it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"--out {path}: not writable")
+    return path
+
+
 def add_data_arguments(parser, default="auto"):
     """Add --data and --data-dir, which `data.load` takes."""
     parser.add_argument(

@@ -14,7 +14,7 @@ import checkpoint
 import data
 import plots
 from augment import Normalize
-from cli import Parser, UsageError, add_data_arguments, add_device_arguments, positive_int, run
+from cli import Parser, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_int, run
 from engine import Runtime, predict, score
 
 
@@ -95,6 +95,7 @@ def main():
 
     runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
     model, content = checkpoint.load(arguments.ckpt, runtime.device)
+    folder = output_folder(arguments.out or arguments.ckpt.parent)
     dataset = data.load(arguments.data or content["config"]["data"], arguments.data_dir, runtime.device)
     class_names, K = content["class_names"], len(content["class_names"])
     if list(dataset.class_names) != class_names:
@@ -114,7 +115,6 @@ def main():
     print(f"\nconfusion matrix, rows actual, columns predicted\n{matrix_text(matrix, class_names)}")
     print(f"\n{classification_report(matrix, class_names)}\n")
 
-    folder = arguments.out or arguments.ckpt.parent
     shown = balanced_mistakes(labels, predictions, arguments.n)
     captions = [f"{class_names[labels[i]]}\nas {class_names[predictions[i]]} {100 * confidence[i]:.0f} %" for i in shown.tolist()]
     pictures = {"confusion.png": plots.confusion(matrix, class_names, title)}

@@ -25,7 +25,7 @@ import checkpoint
 import data
 import plots
 from augment import Normalize
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, add_device_arguments, positive_float, positive_int, run
+from cli import Parser, Progress, RunError, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run
 from engine import Runtime, Trainer, predict, score
 from files import replacing, write_csv
 from recipe import RECIPES, build_model
@@ -59,10 +59,7 @@ def main():
     overrides = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "max_lr") if getattr(arguments, name)}
     recipe = dataclasses.replace(RECIPES[arguments.recipe], **overrides)
     runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
-    try:  # before the data is read: a folder that cannot be written should not cost a download
-        (arguments.out / "runs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {arguments.out}: {error}") from None
+    output_folder(arguments.out / "runs")
     dataset = data.load(arguments.data, arguments.data_dir, runtime.device)
     count = len(dataset.train_images)
     if recipe.batch_size > count:

@@ -204,6 +204,13 @@ def test_script_writes_table_picture_and_the_line_to_copy(small_shapes, tmp_path
     assert "python train.py --recipe default --max-lr " in out
 
 
+def test_script_says_when_there_is_nothing_to_recommend(small_shapes, tmp_path, monkeypatch, invoke):
+    monkeypatch.setitem(RECIPES, "default", dataclasses.replace(RECIPES["default"], batch_size=100))
+    arguments = ["--data", "shapes", "--out", tmp_path, "--end-lr", "1e-9", "--epochs", 6, "--steps-per-epoch", 1]
+    status, out, _ = invoke(lr_range, arguments)
+    assert status == 0 and "nothing to recommend: the loss falls by" in out and "train.py --recipe" not in out
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
@@ -217,6 +224,7 @@ def test_script_writes_table_picture_and_the_line_to_copy(small_shapes, tmp_path
         (["--mode", "log"], "--mode"),
         (["--diverge", 0], "--diverge"),
         (["--steps-per-epoch", 0], "--steps-per-epoch"),
+        (["--out", __file__], "--out"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "shapes"], "fewer than one batch of 512"),
     ],
