@@ -95,7 +95,7 @@ SHAPES_TRAIN, SHAPES_TEST, SHAPES_SEED = 50_000, 10_000, 0
 NOT_CIFAR = """
 {stars}
 *  WARNING: THIS IS NOT CIFAR-10.                                             *
-*  It is not under the data folder, and no mirror gave it. Going on with      *
+*  CIFAR-10 could not be had; the line above says why. Going on with          *
 *  `shapes`: pictures that this program draws. No figure of this run says     *
 *  anything about CIFAR-10. `--data cifar10` stops instead of going on.       *
 {stars}

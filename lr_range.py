@@ -44,7 +44,6 @@ def preserved(trainer):
     model, optimizer, generator = trainer.model, trainer.optimizer, trainer.generator
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     gradients, random, training = [p.grad for p in model.parameters()], generator.get_state(), model.training
-    optimizer.zero_grad(set_to_none=True)  # so that the block's backward passes do not add to the tensors kept here
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -230,7 +229,8 @@ def main():
 
     history, ended = range_test(trainer, sweep, steps, arguments.diverge, validate if arguments.val else None, after_rate)
     progress.clear()
-    print(f"ended at rate {len(history)} of {len(sweep)}: {ended}" if ended else f"all {len(sweep)} rates done in {clock(time.perf_counter() - started)}")
+    spent = clock(time.perf_counter() - started)
+    print(f"{len(history)} of {len(sweep)} rates in {spent}" + (f", ended early: {ended}" if ended else ""))
     suggestions = suggest(history, arguments.mode)
     for name, suggestion in suggestions.items():
         rate = "none" if suggestion.rate is None else f"{suggestion.rate:.4g}"
