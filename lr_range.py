@@ -28,7 +28,7 @@ from recipe import RECIPES, build_model
 SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten rates
 CPU_STEPS = 10  # batches a rate on a CPU: 500 rates in five to ten minutes on two cores
 # Of the four suggestions, the one whose short trainings were the best for both recipes; README, "Learning rate".
-RECOMMENDED = "minimum / 10"
+RECOMMENDED = {"linear": "minimum / 10", "exp": "best accuracy"}
 
 
 def rates(start, end, count, mode):
@@ -232,19 +232,19 @@ def main():
     spent = clock(time.perf_counter() - started)
     print(f"{len(history)} of {len(sweep)} rates in {spent}" + (f", ended early: {ended}" if ended else ""))
     suggestions = suggest(history, arguments.mode)
-    for name, suggestion in suggestions.items():
-        rate = "none" if suggestion.rate is None else f"{suggestion.rate:.4g}"
-        print(f"  {name:<14} {rate:>9}  {suggestion.reason}")
+    for name, pick in suggestions.items():
+        print(f"  {name:<14} {'none' if pick.rate is None else f'{pick.rate:.4g}':>9}  {pick.reason}")
     if history:
         write_csv(arguments.out / "lr_range.csv", history)
         title = f"learning rate range test, {dataset.name}, recipe {arguments.recipe}"
         plots.save(plots.lr_range(history, suggestions, arguments.mode, title), arguments.out / "lr_range.png")
         print(f"saved {arguments.out / 'lr_range.csv'} and {arguments.out / 'lr_range.png'}")
-    pick = suggestions[RECOMMENDED]
+    name = RECOMMENDED[arguments.mode]
+    pick = suggestions[name]
     if pick.rate is None:
         print(f"\nnothing to recommend: {pick.reason}")
     else:
-        print(f"\nrecommended ({RECOMMENDED}), a start and not the truth:\n  python train.py --recipe {arguments.recipe} --max-lr {pick.rate:.4g}")
+        print(f"\nrecommended ({name}), a start and not the truth:\n  python train.py --recipe {arguments.recipe} --max-lr {pick.rate:.4g}")
 
 
 if __name__ == "__main__":
