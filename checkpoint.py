@@ -41,8 +41,8 @@ def load(path, device):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; `python train.py` writes best.pt") from None
-    except Exception as error:  # a foreign file may fail in any way that pickle, zip or torch know
-        raise UsageError(f"{path} is not a checkpoint: {first_line(error)}") from None
+    except Exception:  # a foreign file may fail in any way that pickle, zip or torch know, with advice of theirs
+        raise UsageError(f"{path} is not a checkpoint, or a damaged one") from None
     if not isinstance(content, dict) or not FIELDS <= content.keys():
         raise UsageError(f"{path} is not a checkpoint of this project: it lacks {lacking(content)}")
     try:
