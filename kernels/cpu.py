@@ -1,14 +1,14 @@
-"""The network as a CPU runs it fastest: the stem in wide convolutions, the last block for the CLS token alone.
+"""The network as a CPU runs it fastest: the stem as two 1x1 convolutions, the last block for the CLS token alone.
 
 Same function of the same weights as vit.py, in plain PyTorch, differentiated by autograd; nothing is compiled, so
 there is no start-up cost. Three things make it fast:
 
-- A patch of conv2 (2x2) sees 4x4 pixels of the picture. So conv1 becomes one convolution with 4x4 kernels and stride
-  2 whose 128 channels are conv1's 32 at each of the patch's four pixels, and conv2 the matrix (128, 32) applied to
-  them. Half of the 4x4 kernels' weights are zero; a dense product with zeros is cheaper than a thin one without, and
-  nothing has to be moved between the two.
+- A patch of conv2 (2x2) sees 4x4 pixels of the picture. With those 48 numbers side by side, conv1 is one matrix (48, 128)
+  that holds its kernel at each of the patch's four pixels, and conv2 one matrix (128, 32) applied to the result: 1x1
+  convolutions of wide rows, with nothing moved between them. Almost half of the first matrix is zero (27 of 48 weights
+  count); a dense product with zeros is cheaper than a thin one without.
 - The head reads the CLS token alone, so the last block computes keys and values for every token but queries, output
-  projection and feed-forward for one. The other 32 tokens' values never reach the logits, nor do they have gradients.
+  projection and feed-forward for one. What it would make of the other 32 reaches no logit, so it has no gradient either.
 - Freed memory is kept (`keep_freed_memory`): glibc hands large blocks back to the system at once, and every step
   would fault tens of megabytes in again, page by page, which costs more than the arithmetic.
 
