@@ -282,6 +282,13 @@ def test_masks_cover_the_object():
     assert ((inside - outside).abs().max(1).values > 25).double().mean() > 0.95
 
 
+def test_colour_tells_nothing_of_the_class():
+    images, labels, _ = shapes.draw(4000, seed=0)
+    colour = images.double().div(255).mean((2, 3))  # (4000, 3), deviation 0.27 over pictures, so 0.013 over a class of 400
+    for label in range(10):
+        assert (colour[labels == label].mean(0) - colour.mean(0)).abs().max() < 0.06, shapes.CLASS_NAMES[label]
+
+
 def test_a_linear_classifier_cannot_tell_shapes():
     images, labels, _ = shapes.draw(12_000, seed=0)
     x = torch.cat([images.flatten(1).float() / 255 - 0.5, torch.ones(len(images), 1)], 1)
