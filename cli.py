@@ -82,7 +82,15 @@ def positive_float(text):
     return value
 
 
-for _type in (positive_int, positive_float):
+def seed_int(text):
+    """An argparse type: a whole number that a torch.Generator takes as its seed."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
+    return value
+
+
+for _type in (positive_int, positive_float, seed_int):
     _type.__name__ = _type.__name__.replace("_", " ")  # argparse says "invalid positive int value: 'x'"
 
 

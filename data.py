@@ -26,7 +26,7 @@ from PIL import Image
 import plots
 import shapes
 from augment import Augmenter, Normalize
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, first_line, positive_int, run
+from cli import Parser, Progress, RunError, UsageError, add_data_arguments, first_line, positive_int, run, seed_int
 from files import replacing
 from recipe import RECIPES
 
@@ -389,7 +389,7 @@ def main():
     add_data_arguments(parser)
     parser.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="whose augmentation to show")
     parser.add_argument("--n", type=positive_int, default=12, help="how many samples to show")
-    parser.add_argument("--seed", type=int, default=1, help="of the samples and their augmentation")
+    parser.add_argument("--seed", type=seed_int, default=1, help="of the samples and their augmentation")
     parser.add_argument("--out", type=Path, default=Path("data.png"), metavar="FILE", help="where the picture goes")
     arguments = parser.parse_args()
 

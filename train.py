@@ -25,7 +25,7 @@ import checkpoint
 import data
 import plots
 from augment import Normalize
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run
+from cli import Parser, Progress, RunError, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run, seed_int
 from engine import Runtime, Trainer, predict, score
 from files import replacing, write_csv
 from recipe import RECIPES, build_model
@@ -47,7 +47,7 @@ def parse():
     parser.add_argument("--max-lr", type=positive_float, help=f"the schedule's peak learning rate {of_recipes('max_lr')}")
     add_data_arguments(parser)
     add_device_arguments(parser)
-    parser.add_argument("--seed", type=int, default=1, help="of the weights, the order of pictures and the augmentation")
+    parser.add_argument("--seed", type=seed_int, default=1, help="of the weights, the order of pictures and the augmentation")
     parser.add_argument("--runs", type=positive_int, default=1, help="train this many seeds, counting up from --seed")
     parser.add_argument("--max-steps", type=positive_int, help="end after this many steps, the schedule left as it is (default: none)")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where runs/ and best.pt go")

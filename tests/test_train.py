@@ -222,6 +222,8 @@ WRONG_COMMANDS = [
     (train, ["--max-lr", -1], "--max-lr"),
     (train, ["--max-lr", "nan"], "--max-lr"),
     (train, ["--runs", 0], "--runs"),
+    (train, ["--seed", -1], "--seed"),
+    (train, ["--seed", 2**64], "--seed"),
     (train, ["--max-steps", 0], "--max-steps"),
     (train, ["--recipe", "best"], "--recipe"),
     (train, ["--precision", "fp8"], "--precision"),
