@@ -1,5 +1,6 @@
 """The training step and the evaluation pass that train.py, evaluate.py and bench.py share."""
 
+import math
 import platform
 
 import torch
@@ -114,7 +115,7 @@ class Trainer:
             loss, correct, seen = loss + batch_loss, correct + batch_correct, seen + len(indices)
             after_step(i + 1)
         loss, accuracy = loss.item() / seen, 100 * correct.item() / seen
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise RunError(f"the training loss of epoch {epoch + 1} is {loss}: the rate is too high, or the data is not finite")
         return loss, accuracy
 

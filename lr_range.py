@@ -9,6 +9,7 @@ is the time that one rate gets: a full pass on a GPU, a few batches on a CPU. Wr
 
 import contextlib
 import copy
+import itertools
 import math
 import statistics
 import time
@@ -20,7 +21,7 @@ import torch
 import data
 import plots
 from augment import Normalize
-from cli import Parser, Progress, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run
+from cli import Parser, Progress, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run, seed_int
 from engine import Runtime, Trainer, predict, score
 from files import write_csv
 from recipe import RECIPES, build_model
@@ -81,7 +82,7 @@ def range_test(trainer, sweep, steps, diverge=4.0, validate=None, after_rate=lam
         try:
             for rate in sweep:
                 loss = correct = seen = 0
-                for indices, epoch in (next(supply) for _ in range(steps)):
+                for indices, epoch in itertools.islice(supply, steps):
                     batch_loss, batch_correct = trainer.step(indices, epoch, rate, momentum)
                     loss, correct, seen = loss + batch_loss, correct + batch_correct, seen + len(indices)
                 loss = loss.item() / seen
@@ -167,7 +168,7 @@ def valley(history):
 def step_seconds(trainer):
     """How long one update takes, from the last of three."""
     with preserved(trainer):
-        for indices, epoch in (next(supply) for supply in [batches(trainer)] for _ in range(3)):
+        for indices, epoch in itertools.islice(batches(trainer), 3):
             started = time.perf_counter()
             trainer.step(indices, epoch, 0.0, 0.9)[0].item()  # .item() waits for the device
             seconds = time.perf_counter() - started
@@ -190,7 +191,7 @@ def parse():
     parser.add_argument("--val", action="store_true", help="also look at the test pictures after every rate")
     add_data_arguments(parser)
     add_device_arguments(parser)
-    parser.add_argument("--seed", type=int, default=1, help="of the weights, the order of pictures and the augmentation")
+    parser.add_argument("--seed", type=seed_int, default=1, help="of the weights, the order of pictures and the augmentation")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where lr_range.csv and lr_range.png go")
     arguments = parser.parse_args()
     if not math.isfinite(arguments.start_lr) or arguments.start_lr < 0 or (arguments.mode == "exp" and arguments.start_lr == 0):
