@@ -121,7 +121,7 @@ def add_device_arguments(parser):
     """Add --device, --precision and --kernels, which `engine.Runtime` takes."""
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes the first of cuda, mps, cpu there is")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="auto is bf16 where the device multiplies bf16 matrices natively, else fp32")
-    parser.add_argument("--kernels", default="auto", choices=["auto", "torch"], help="auto is the fastest spelling of the network for the device; torch the plain one of vit.py")
+    parser.add_argument("--kernels", default="auto", choices=["auto", "triton", "torch"], help="auto is the fastest spelling of the network for the device, checked at the start; torch the plain one of vit.py")
 
 
 class Progress:

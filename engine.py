@@ -2,6 +2,7 @@
 
 import math
 import platform
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import kernels
 from augment import Augmenter
 from cli import RunError, UsageError
-from recipe import build_optimizer
+from recipe import RECIPES, build_model, build_optimizer
 from schedule import OneCycle
 
 EVALUATION_BATCH = 1000  # one value everywhere: in bf16 the last bits of a logit may depend on the batch it came in
@@ -18,8 +19,8 @@ EVALUATION_BATCH = 1000  # one value everywhere: in bf16 the last bits of a logi
 class Runtime:
     """Where and how the model runs: a device, a dtype for activations and a spelling of the forward pass.
 
-    `device` is auto, cpu, cuda or mps; `precision` auto, fp32 or bf16; `kernels_name` auto or torch. Raises UsageError
-    for a device that is not there.
+    `device` is auto, cpu, cuda or mps; `precision` auto, fp32 or bf16; `kernels_name` auto, triton or
+    torch. Raises UsageError for a device that is not there, and for triton where it does not run.
     """
 
     def __init__(self, device="auto", precision="auto", kernels_name="auto"):
@@ -33,15 +34,21 @@ class Runtime:
             precision = "bf16" if has_bf16_matrices(self.device) else "fp32"
         self.precision = precision
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        self.forward = kernels.choose(kernels_name, self.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
+        example = build_model(RECIPES["original"], 10, 0, self.device)
+        self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype, example)
+        if reason and kernels_name == "triton":
+            raise UsageError(f"--kernels triton: {reason}")
+        if reason:
+            print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
 
     def logits(self, model, images):
         """Normalised float32 pictures (B, 3, S, S) to float32 logits (B, num_classes).
 
-        Weights stay float32; they are cast to the working dtype on their way in, and their gradients on the way back.
+        Weights stay float32; a spelling casts them to the working dtype on their way in, and gradients on the way back.
         """
-        weights = {name: weight.to(self.dtype) for name, weight in model.named_parameters()}
-        return self.forward(model, weights, images.to(self.dtype)).float()
+        return self.forward(model, images.to(self.dtype)).float()
 
     def describe(self):
         """The device, as a person knows it, with precision and spelling."""

@@ -133,14 +133,17 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = Conv1x1(dim, num_classes)
 
-    def forward(self, images):
+    def embed(self, images):
+        """Pictures (B, in_channels, image_size, image_size) to the first block's input, (B, T, C)."""
         channels, side = self.sizes["in_channels"], self.sizes["image_size"]
         if images.dim() != 4 or images.shape[1:] != (channels, side, side):
             raise ValueError(f"pictures have shape {tuple(images.shape)}; this network takes (B, {channels}, {side}, {side})")
         tokens = self.stem(images)  # (B, 3, 32, 32) -> (B, 32, 64)
         cls_token = self.cls_token.expand(len(images), -1, -1)  # (1, 1, 64) -> (B, 1, 64)
-        x = torch.cat([cls_token, tokens], dim=1) + self.pos_embedding  # (B, 33, 64)
-        x = self.blocks(x)  # (B, 33, 64) -> (B, 33, 64)
+        return torch.cat([cls_token, tokens], dim=1) + self.pos_embedding  # (B, 33, 64)
+
+    def forward(self, images):
+        x = self.blocks(self.embed(images))  # (B, 3, 32, 32) -> (B, 33, 64) -> (B, 33, 64)
         return self.head(self.norm(x[:, 0]))  # (B, 33, 64) -> (B, 64) -> (B, num_classes)
 
 

@@ -1,18 +1,24 @@
 """Faster spellings of what vit.py says in plain PyTorch, and the one place where a spelling is chosen."""
 
-import torch
-
-from kernels import cpu
+from kernels import cpu, plain
 
 
-def plain_forward(model, weights, images):
-    """The reference: `model` itself, run with `weights` (a dict by parameter name) in place of its own."""
-    return torch.func.functional_call(model, weights, (images,))
+def choose(name, device, dtype, model):
+    """The forward function (model, images) -> logits for --kernels `name`: auto, triton or torch; and None or a reason.
 
-
-def choose(kernels, device):
-    """The forward function (model, weights, images) -> logits for `--kernels` auto or torch on a torch.device."""
-    if kernels == "auto" and device.type == "cpu":
+    `dtype` is the working dtype, torch.float32 or torch.bfloat16; `model` is a network on `device`, a torch.device, to
+    try the kernels on. The reason, a line, says why it is plain PyTorch where Triton was to be had.
+    """
+    if name == "auto" and device.type == "cpu":
         cpu.keep_freed_memory()
-        return cpu.forward
-    return plain_forward
+        return cpu.forward, None
+    if name == "torch" or (name == "auto" and device.type != "cuda"):  # "cuda" is ROCm's name too
+        return plain.forward, None
+    try:
+        from kernels import gpu, functions  # Triton is not on every platform
+    except ImportError as error:
+        return plain.forward, f"no Triton here ({error})"
+    if device.type != "cuda" and not functions.INTERPRETED:
+        return plain.forward, f"Triton does not compile for {device.type}; with TRITON_INTERPRET=1 its interpreter runs the kernels, slowly"
+    reason = gpu.check(model, dtype)
+    return (plain.forward if reason else gpu.forward), reason

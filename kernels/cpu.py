@@ -21,6 +21,8 @@ import platform
 import torch
 import torch.nn.functional as F
 
+from kernels import plain
+
 HUGE_PAGE = 2 << 20
 
 
@@ -49,8 +51,9 @@ def keep_freed_memory(top_pad=1 << 30):
     return True
 
 
-def forward(model, weights, images):
-    """Logits (B, num_classes) of a `vit.ViT` run with `weights`, tensors by parameter name, all of images' dtype."""
+def forward(model, images):
+    """Logits (B, num_classes) of a `vit.ViT`, computed in the dtype of images."""
+    weights = plain.weights(model, images.dtype)
     x = stem(model, weights, images)
     x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], dim=1) + weights["pos_embedding"]  # (B, T, C)
     last = len(model.blocks) - 1
