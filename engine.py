@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import kernels
 from augment import Augmenter
-from cli import RunError, UsageError
+from cli import RunError, UsageError, first_line
 from recipe import RECIPES, build_model, build_optimizer
 from schedule import OneCycle
 
@@ -38,6 +38,7 @@ class Runtime:
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
         example = build_model(RECIPES["original"], 10, 0, self.device)
         self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype, example)
+        self.triton = self.forward.__module__ == "kernels.gpu"
         if reason and kernels_name == "triton":
             raise UsageError(f"--kernels triton: {reason}")
         if reason:
@@ -91,10 +92,19 @@ class Trainer:
         )
         self.generator = torch.Generator(runtime.device).manual_seed(seed)
         self.augment = Augmenter(recipe.augmentation, normalize, self.count, self.generator)
-        self.optimizer = build_optimizer(recipe, model)
+        self.optimizer = build_optimizer(recipe, model, triton=runtime.triton)
+        self.graphs = StepGraphs(self.update, self.generator) if runtime.triton and runtime.device.type == "cuda" else None
 
     def step(self, indices, epoch, lr, momentum):
-        """Update on the training pictures at `indices` (B,): summed cross entropy and number correct, on the device."""
+        """Update on the training pictures at `indices` (B,): summed cross entropy and number correct, on the device.
+
+        Both are to be read before the next step: with a CUDA graph, it writes its own in their place.
+        """
+        self.optimizer.prepare(lr, momentum)
+        return self.graphs(indices, epoch) if self.graphs else self.update(indices, epoch)
+
+    def update(self, indices, epoch):
+        """A step's work on the device; `epoch` is a number or, in a graph, a tensor ()."""
         images = self.augment(self.dataset.train_images.index_select(0, indices), indices, epoch)
         labels = self.dataset.train_labels[indices]
         logits = self.runtime.logits(self.model, images)
@@ -104,8 +114,6 @@ class Trainer:
         parameters = list(self.model.parameters())
         if self.recipe.l1:  # the gradient of l1 * sum |w| is l1 * sign(w); its value is not part of the loss told
             torch._foreach_add_([p.grad for p in parameters], torch._foreach_sign(parameters), alpha=self.recipe.l1)
-        for group in self.optimizer.param_groups:
-            group["lr"], group["betas"] = lr, (momentum, self.recipe.beta2)
         self.optimizer.step()
         return loss.detach() * len(indices), (logits.detach().argmax(1) == labels).sum()
 
@@ -125,6 +133,48 @@ class Trainer:
         if not math.isfinite(loss):
             raise RunError(f"the training loss of epoch {epoch + 1} is {loss}: the rate is too high, or the data is not finite")
         return loss, accuracy
+
+
+class StepGraphs:
+    """`update(indices, epoch)` on CUDA as one graph replay, a graph for each batch size: the host only says which pictures.
+
+    The first steps of a size run as ever, which compiles the kernels; then one is recorded. Where recording fails, every
+    step runs as ever, and one line says so. What `update` returns is overwritten by the next replay.
+    """
+
+    EAGER_STEPS = 3
+
+    def __init__(self, update, generator):
+        self.update, self.generator = update, generator
+        self.seen, self.recorded, self.failed = {}, {}, False
+
+    def __call__(self, indices, epoch):
+        size = len(indices)
+        if size not in self.recorded:
+            self.seen[size] = self.seen.get(size, 0) + 1
+            if self.failed or self.seen[size] <= self.EAGER_STEPS:
+                return self.update(indices, epoch)
+            try:
+                self.recorded[size] = self.record(indices)
+            except Exception as error:  # CUDA's reasons have no type of their own
+                print(f"CUDA graph: not recorded ({first_line(error)}); every kernel is launched by itself", file=sys.stderr)
+                self.failed = True
+                return self.update(indices, epoch)
+        graph, inputs, results = self.recorded[size]
+        inputs[0].copy_(indices)
+        inputs[1].fill_(epoch)
+        graph.replay()
+        return results
+
+    def record(self, indices):
+        """A graph, the tensors that it reads and those that it writes; nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)  # each replay draws on where the last one ended
+        inputs = indices.clone(), torch.zeros((), dtype=torch.int64, device=indices.device)
+        torch.cuda.synchronize(indices.device)
+        with torch.cuda.graph(graph):
+            results = self.update(*inputs)
+        return graph, inputs, results
 
 
 @torch.no_grad()

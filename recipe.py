@@ -75,10 +75,22 @@ def build_model(recipe, num_classes, seed, device):
     return model.to(device)
 
 
-def build_optimizer(recipe, model):
-    """AdamW in one fused kernel, with decay on matrices and convolution kernels alone."""
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW in one fused kernel, told each step's rate and beta1 as kernels.adamw.AdamW is."""
+
+    def prepare(self, lr, momentum):
+        for group in self.param_groups:
+            group["lr"], group["betas"] = lr, (momentum, group["betas"][1])
+
+
+def build_optimizer(recipe, model, triton=False):
+    """AdamW with decay on matrices and convolution kernels alone; as a Triton kernel if `triton`."""
     embeddings = {id(p) for p in model.parameters(recurse=False)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    if triton:
+        from kernels import adamw  # Triton is not on every platform
+
+        return adamw.AdamW(decayed, others, recipe.weight_decay, recipe.beta2, recipe.eps)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.max_lr, betas=(recipe.max_momentum, recipe.beta2), eps=recipe.eps, fused=True)
+    return AdamW(groups, lr=recipe.max_lr, betas=(recipe.max_momentum, recipe.beta2), eps=recipe.eps, fused=True)

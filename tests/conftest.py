@@ -54,8 +54,8 @@ def small_recipe(**changes):
     return dataclasses.replace(RECIPES["original"], epochs=2, batch_size=128, augmentation=Augmentation(), **changes)
 
 
-def make_trainer(dataset, recipe, seed=1, **runtime):
-    """A fresh Trainer on the CPU, and its Normalize."""
-    normalize = Normalize(dataset.mean, dataset.std, "cpu")
-    model = build_model(recipe, dataset.num_classes, seed, "cpu")
-    return Trainer(model, dataset, recipe, Runtime("cpu", **runtime), normalize, seed), normalize
+def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
+    """A fresh Trainer on `device`, where the dataset's tensors are, and its Normalize."""
+    normalize = Normalize(dataset.mean, dataset.std, device)
+    model = build_model(recipe, dataset.num_classes, seed, device)
+    return Trainer(model, dataset, recipe, Runtime(device, **runtime), normalize, seed), normalize

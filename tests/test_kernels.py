@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 import kernels
-from engine import Runtime
-from kernels import attention, functions, gpu, plain
+from engine import Runtime, StepGraphs
+from kernels import adamw, attention, functions, gpu, mlp, plain, stem
+from recipe import RECIPES, AdamW
 from conftest import make_trainer, small_recipe
 from vit import Attention, FeedForward, ViT
 
@@ -212,29 +213,131 @@ def test_gelu_of_a_dense_fp32_grid():
     assert (slope - exact_slope).abs().max() < 4e-7
 
 
-def test_ten_steps_of_training(small):
+@pytest.fixture
+def small_there(small):
+    """`small` on DEVICE."""
+    return dataclasses.replace(small, train_images=small.train_images.to(DEVICE), train_labels=small.train_labels.to(DEVICE))
+
+
+def test_ten_steps_of_training(small_there):
     """The losses of ten steps with the kernels are those without."""
     recipe, losses = dataclasses.replace(small_recipe(), batch_size=2), {}
+    order = torch.arange(20, device=DEVICE).view(10, 2)
     for name in ("triton", "torch"):
-        trainer, _ = make_trainer(small, recipe, precision="fp32", kernels_name=name)
-        losses[name] = [trainer.step(torch.arange(2 * i, 2 * i + 2), 0, 1e-3, 0.9)[0].item() for i in range(10)]
+        trainer, _ = make_trainer(small_there, recipe, device=DEVICE, precision="fp32", kernels_name=name)
+        losses[name] = [trainer.step(indices, 0, 1e-3, 0.9)[0].item() for indices in order]
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-4)
     assert losses["triton"][0] != losses["triton"][9]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_adamw(weight_decay):
+    """Ten steps under a moving rate and beta1 against torch.optim.AdamW, and from a state that was saved."""
+    torch.manual_seed(0)
+    theirs = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in [(40, 30), (3, 2, 2, 2), (7,), ()]]
+    ours = [p.detach().clone().requires_grad_() for p in theirs]
+    groups = [{"params": theirs[:2], "weight_decay": weight_decay}, {"params": theirs[2:], "weight_decay": 0.0}]
+    reference = AdamW(groups, betas=(0.9, 0.99), eps=1e-8)
+    optimizer = adamw.AdamW(ours[:2], ours[2:], weight_decay, 0.99, 1e-8)
+    for i in range(10):
+        for a, b in zip(theirs, ours):
+            a.grad = torch.randn_like(a) * 10.0 ** torch.randint(-6, 3, a.shape, device=DEVICE)
+            b.grad = a.grad.clone()
+        for each in (reference, optimizer):
+            each.prepare(0.1 / (i + 1), 0.95 - 0.01 * i)
+        if i == 5:  # what is saved is a copy to be kept, and enough to go on from
+            saved, before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in ours]
+            optimizer.step()
+            optimizer.load_state_dict(saved)
+            with torch.no_grad():
+                for parameter, value in zip(ours, before):
+                    parameter.copy_(value)
+        reference.step()
+        optimizer.step()
+        for a, b in zip(theirs, ours):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ours)
+
+
+@pytest.mark.parametrize("size", [5, 3])
+def test_a_graph_that_cannot_be_recorded_is_done_without(size, monkeypatch, capsys):
+    updates = []
+
+    def update(indices, epoch):
+        updates.append((len(indices), epoch))
+        return len(updates), None
+
+    def record(self, indices):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(StepGraphs, "record", record)
+    graphs = StepGraphs(update, None)
+    results = [graphs(torch.arange(size), epoch)[0] for epoch in range(6)]
+    assert results == [1, 2, 3, 4, 5, 6] and updates == [(size, epoch) for epoch in range(6)]
+    assert capsys.readouterr().err == (
+        "CUDA graph: not recorded (operation not permitted when stream is capturing); every kernel is launched by itself\n"
+    )
+
+
+def test_a_replay_reads_the_pictures_and_the_epoch_of_its_step(monkeypatch):
+    """With a recording that, for want of a GPU, calls the function again on the tensors that it was recorded with."""
+
+    def update(indices, epoch):
+        return indices.sum() + 100 * epoch, indices.max() + epoch
+
+    class Recording:
+        def __init__(self, inputs, results):
+            self.inputs, self.results = inputs, results
+
+        def replay(self):
+            for result, value in zip(self.results, update(*self.inputs)):
+                result.copy_(value)
+
+    def record(self, indices):
+        inputs, results = (torch.zeros_like(indices), torch.zeros((), dtype=torch.int64)), (torch.zeros(()), torch.zeros(()))
+        return Recording(inputs, results), inputs, results
+
+    monkeypatch.setattr(StepGraphs, "record", record)
+    graphs = StepGraphs(update, None)
+    for i in range(12):
+        indices = torch.arange(i, i + 4 + i % 2)  # two batch sizes, in turn
+        assert [int(value) for value in graphs(indices, i)] == [int(value) for value in update(indices, i)]
+    assert set(graphs.recorded) == {4, 5}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", ["original", "default"])
+def test_a_graph_trains_as_no_graph_does(small_there, recipe, capsys):
+    """Two epochs, augmentation and a partial batch included, end with the same weights, bit for bit."""
+    trained = []
+    for graphs in (True, False):
+        plan = dataclasses.replace(RECIPES[recipe], epochs=4, batch_size=128)
+        trainer, _ = make_trainer(small_there, plan, device=DEVICE, precision="bf16", kernels_name="triton")
+        if not graphs:
+            trainer.graphs = None
+        losses = [trainer.epoch(epoch, trainer.steps_per_epoch) for epoch in range(4)]
+        trained.append((losses, [p.detach().clone() for p in trainer.model.parameters()]))
+        if graphs:
+            assert set(trainer.graphs.recorded) == {128, 300 - 2 * 128}
+    assert capsys.readouterr().err == ""
+    assert trained[0][0] == trained[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(trained[0][1], trained[1][1]))
 
 
 # Where the kernels run, and where PyTorch does
 
 
 def counting(monkeypatch):
-    """A list that grows by a name at every launch of a kernel."""
+    """A list that grows at every launch of a kernel."""
     launched, launch = [], functions.launch
 
     def counted(kernel, *arguments, **constants):
-        launched.append(kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__)
+        launched.append(kernel)
         launch(kernel, *arguments, **constants)
 
-    for module in (attention, gpu.FusedStem.__module__, gpu.FusedFeedForward.__module__):
-        monkeypatch.setattr(module if not isinstance(module, str) else __import__("sys").modules[module], "launch", counted)
+    for module in (attention, mlp, stem):
+        monkeypatch.setattr(module, "launch", counted)
     return launched
 
 
