@@ -1,10 +1,11 @@
-"""How fast a training step is, as ratios measured in one run.
+"""How fast a training step is, measured in one run, and what the kernels take of a GPU.
 
-    python bench.py                          # every way of training on this machine's CPU
+    python bench.py                          # on a GPU: kernels, steps and whole runs; else every way of training on the CPU
     python bench.py --csv results/bench.csv
+    python bench.py --resources              # registers, shared memory and instructions of every kernel; no GPU needed
 
-Each way runs in a process of its own, round after round in turn, so that what else the machine does falls on all of
-them alike. A step is everything: taking the pictures, augmentation, forward, loss, backward, optimizer.
+On a CPU each way runs in a process of its own, round after round in turn, so that what else the machine does falls on all
+of them alike. A step is everything: taking the pictures, augmentation, forward, loss, backward, optimizer.
 """
 
 import datetime
@@ -22,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import bench_gpu
 import data
 from augment import Normalize
-from cli import Parser, Progress, RunError, positive_int, run
+from cli import Parser, Progress, RunError, UsageError, add_data_arguments, positive_int, run
 from engine import Runtime, Trainer
 from files import write_csv
 from recipe import RECIPES, build_model
@@ -145,29 +147,57 @@ def report(results, machine):
     return rows
 
 
-def print_table(rows):
-    columns = ("way", "ms_per_step", "pictures_per_second", "times_plain", "times_plain_range", "times_per_picture", "first_step_ms")
-    print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |\n" + "|---" * len(columns) + "|")
+def print_table(rows, columns):
+    print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
     for row in rows:
-        print("| " + " | ".join(row[column] for column in columns) + " |")
+        print("| " + " | ".join(str(row[column]) for column in columns) + " |", flush=True)
+
+
+def resources():
+    """Rows of what every kernel takes on every target, as they are compiled."""
+    try:
+        from kernels import functions, resources  # Triton is not on every platform
+    except ImportError as error:
+        raise RunError(f"--resources needs Triton ({error})") from None
+    if functions.INTERPRETED:
+        raise UsageError("--resources compiles the kernels; unset TRITON_INTERPRET")
+    return resources.rows(), resources.COLUMNS
+
+
+def on_cpu(rounds, steps):
+    """Rows of every way of training on this machine's CPU."""
+    machine = {
+        "cpu": cpu_name(), "cores": os.cpu_count(), "torch": str(torch.__version__),
+        "date": datetime.date.today().isoformat(), "rounds": rounds, "steps": steps,
+    }  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    columns = ("way", "ms_per_step", "pictures_per_second", "times_plain", "times_plain_range", "times_per_picture", "first_step_ms")
+    return report(measure(rounds, steps), machine), columns
 
 
 def main():
-    parser = Parser(description="Measure a training step of 512 pictures (recipe original) every way this machine's CPU can take.")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="how often each way is measured, in turn")
-    parser.add_argument("--steps", type=positive_int, default=15, help="timed steps a round; the median counts")
+    parser = Parser(description="Measure a training step of 512 pictures every way that this machine can take.")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="on a CPU: how often each way is measured, in turn")
+    parser.add_argument("--steps", type=positive_int, default=15, help="on a CPU: timed steps a round; the median counts")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there (default: nowhere)")
-    parser.add_argument("--way", choices=list(WAYS), help="measure this one way once, in this process, and print JSON (default: all)")
+    parser.add_argument("--resources", action="store_true", help="instead, compile every kernel for three GPUs and tell what it takes of them")
+    parser.add_argument("--way", choices=list(WAYS), help="measure this one way once, on the CPU in this process, and print JSON (default: all)")
+    add_data_arguments(parser, default="shapes")
     arguments = parser.parse_args()
     if arguments.way:
         return print(json.dumps(time_way(arguments.way, arguments.steps)))
-    machine = {
-        "cpu": cpu_name(), "cores": os.cpu_count(), "torch": str(torch.__version__),
-        "date": datetime.date.today().isoformat(), "rounds": arguments.rounds, "steps": arguments.steps,
-    }  # fmt: skip
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    rows = report(measure(arguments.rounds, arguments.steps), machine)
-    print_table(rows)
+    if arguments.resources:
+        rows, columns = resources()
+    elif torch.cuda.is_available():
+        device = torch.device("cuda")
+        rows, columns = bench_gpu.measure(data.load(arguments.data, arguments.data_dir, device), device), bench_gpu.COLUMNS
+        print(", ".join(f"{name} {value}" for name, value in rows[0].items() if name not in columns))
+    else:
+        print_table(bench_gpu.measure(None, torch.device("cpu")), ("what", "way", "us", "range", "error"))
+        print("\nNothing was measured on a GPU: this machine, or this build of torch, has none.\n")
+        rows, columns = on_cpu(arguments.rounds, arguments.steps)
+    rows = list(rows)
+    print_table(rows, columns)
     if arguments.csv:
         write_csv(arguments.csv, rows)
 

@@ -62,7 +62,7 @@ def _say(line, status):
 
 
 def first_line(error):
-    """What an exception says, in one line."""
+    """What an exception, or a text of several lines, says in one."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

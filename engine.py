@@ -40,9 +40,9 @@ class Runtime:
         self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype, example)
         self.triton = self.forward.__module__ == "kernels.gpu"
         if reason and kernels_name == "triton":
-            raise UsageError(f"--kernels triton: {reason}")
+            raise UsageError(f"--kernels triton: {first_line(reason)}")
         if reason:
-            print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
+            print(f"kernels: {first_line(reason)}; the network runs in plain PyTorch", file=sys.stderr)
 
     def logits(self, model, images):
         """Normalised float32 pictures (B, 3, S, S) to float32 logits (B, num_classes).

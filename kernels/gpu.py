@@ -103,7 +103,7 @@ def check(model, dtype, batch=3):
             results = value_and_gradients(kernel, x, model, random)
             wanted = value_and_gradients(reference, x.detach().double().requires_grad_(x.requires_grad), exact, random)
         except Exception as error:  # a compiler's or a driver's failure has no type of its own
-            return f"the {name} kernel does not run here ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            return f"the {name} kernel does not run here: {error or type(error).__name__}"
         for result, value in zip(results, wanted):
             error = ((result - value).norm() / value.norm()).item()
             if not error <= bound:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 import kernels
+from cli import UsageError
 from engine import Runtime, StepGraphs
 from kernels import adamw, attention, functions, gpu, mlp, plain, stem
 from recipe import RECIPES, AdamW
@@ -385,8 +386,9 @@ def test_a_kernel_that_fails_is_told_in_a_line(monkeypatch):
         raise RuntimeError("out of resources\nand a page more")
 
     monkeypatch.setattr(gpu, "feed_forward", failing)
-    reason = gpu.check(random_module(ViT()), torch.float32)
-    assert reason == "the feed-forward kernel does not run here (out of resources)"
+    with pytest.raises(UsageError) as refused:
+        Runtime(DEVICE, "fp32", "triton")
+    assert str(refused.value) == "--kernels triton: the feed-forward kernel does not run here: out of resources"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

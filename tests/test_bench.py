@@ -1,0 +1,99 @@
+"""Every kernel compiled for three GPUs, in a process of its own, as the tests' own runs the interpreter; and bench_gpu's rows."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_gpu
+from cli import RunError
+
+pytest.importorskip("triton")  # not on every platform
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(*arguments, **environment):
+    environment = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **environment}
+    return subprocess.run([sys.executable, "bench.py", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("resources") / "resources.csv"
+    done = bench("--resources", "--csv", file)
+    assert done.returncode == 0, done.stderr
+    with open(file) as lines:
+        rows = {(row["kernel"], row["dtype"], row["target"]): row for row in csv.DictReader(lines)}
+    assert all(f"| {row['registers']} | {row['spilled_bytes']} |" in done.stdout for row in rows.values())
+    return rows
+
+
+KERNELS = [f"{part} {way}" for part in ("attention", "mlp", "stem") for way in ("forward", "backward")]
+
+
+def test_every_kernel_compiles_for_every_target(rows):
+    expected = {(kernel, dtype, target) for kernel in KERNELS for dtype in ("bf16", "fp32") for target in ("sm_80", "sm_90", "gfx942")}
+    assert rows.keys() == expected | {("adamw", "fp32", target) for target in ("sm_80", "sm_90", "gfx942")}
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "stem backward"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_no_registers_spill_on_sm_90(rows, kernel, dtype):
+    assert rows[kernel, dtype, "sm_90"]["spilled_bytes"] == "0"
+
+
+def test_the_stem_backward_does_not_spill_in_bf16_on_sm_90(rows):
+    assert rows["stem backward", "bf16", "sm_90"]["spilled_bytes"] == "0"
+
+
+def test_spills_are_seen_where_there_are_some(rows):
+    assert int(rows["stem backward", "fp32", "sm_90"]["spilled_bytes"]) > 0  # known, and what a spill looks like
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bf16_products_run_on_tensor_cores(rows, kernel):
+    assert all(int(rows[kernel, "bf16", target]["matrix_instructions"]) > 0 for target in ("sm_80", "sm_90", "gfx942"))
+    assert int(rows[kernel, "fp32", "sm_90"]["matrix_instructions"]) == 0  # IEEE fp32, not TF32
+
+
+def test_attention_forward_leaves_shared_memory_for_four_programs(rows):
+    assert int(rows["attention forward", "bf16", "sm_90"]["shared_bytes"]) <= 48 * 1024
+    assert int(rows["attention forward", "fp32", "sm_90"]["shared_bytes"]) <= 48 * 1024
+
+
+def test_resources_are_not_read_in_the_interpreter():
+    done = bench("--resources", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert done.stderr == "bench.py: error: --resources compiles the kernels; unset TRITON_INTERPRET\n"
+
+
+def test_half_blocks_of_pytorch_are_timed_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(bench_gpu, "BATCH", 2)
+    rows = bench_gpu.measure(None, torch.device("cpu"))
+    parts = ["attention half-block, forward", "attention half-block, forward and backward"]
+    assert [(row["what"], row["way"]) for row in rows] == [(what, way) for way in ("eager", "scaled_dot_product_attention") for what in parts]
+    assert all(float(row["us"]) > 0 and float(row["error"]) < bench_gpu.ALLOWED_ERROR and row["gpu"] == "none" for row in rows)
+    assert all(row["bandwidth_percent"] == row["matrix_percent"] == "" for row in rows)  # no ceiling was measured
+
+
+def test_a_way_that_is_wrong_or_fails_gives_no_figure(monkeypatch):
+    monkeypatch.setattr(bench_gpu, "BATCH", 2)
+    ways, module = bench_gpu.half_block_ways(torch.device("cpu"), torch.bfloat16)
+    working = ways["eager"][1]
+    broken = {"wrong": (lambda x: working(x) * 1.1, working), "failing": (lambda x: x @ x, working)}
+    monkeypatch.setattr(bench_gpu, "half_block_ways", lambda device, dtype: (broken, module))
+    wrong, failing = bench_gpu.measure(None, torch.device("cpu"))
+    assert wrong["us"] == failing["us"] == "" and wrong["range"].startswith("failed: off by 1.0e-01 from float64")
+    assert failing["range"].startswith("failed: ")
+
+
+def test_shares_are_of_the_measured_ceilings():
+    row = bench_gpu.timed("what", (100.0, 90.0, 120.0), 1e-3, 43e6, 7.9e9, (4.3e12, 790e12))
+    assert (row["us"], row["range"], row["bandwidth_percent"], row["matrix_percent"]) == ("100.0", "90.0 to 120.0", "10.0", "10.0")
+    with pytest.raises(RunError, match="off by"):
+        bench_gpu.timed("what", (100.0, 90.0, 120.0), float("nan"), 43e6, 7.9e9, (None, None))
