@@ -151,6 +151,17 @@ def load(source="auto", data_dir="./data", device="cpu"):
     return Dataset(**{**vars(dataset), **moved})
 
 
+def load_for(content, source=None, data_dir="./data", device="cpu"):
+    """The Dataset that a checkpoint (its content) was trained on, or that of another `source`.
+
+    Raises UsageError where its classes are not the checkpoint's, and what `load` raises.
+    """
+    dataset, known = load(source or content["config"]["data"], data_dir, device), content["class_names"]
+    if list(dataset.class_names) != known:
+        raise UsageError(f"the checkpoint knows {len(known)} classes ({known[0]} ...), {dataset.name} has {dataset.num_classes} ({dataset.class_names[0]} ...)")
+    return dataset
+
+
 def statistics(images):
     """Mean and standard deviation of each channel of uint8 (N, 3, S, S), on the scale [0, 1], as tuples of floats."""
     # Sums of whole numbers are exact, so the figures depend neither on order nor on the number of threads.

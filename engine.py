@@ -1,4 +1,4 @@
-"""The training step and the evaluation pass that train.py, evaluate.py and bench.py share."""
+"""The training step, the evaluation pass and the choice of pictures to show, which the scripts share."""
 
 import math
 import platform
@@ -194,3 +194,14 @@ def predict(runtime, model, normalize, images, tta=False):
 def score(logits, labels):
     """Mean cross entropy and accuracy in percent of logits (N, num_classes) against labels (N,)."""
     return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def balanced_choice(labels, wanted, count):
+    """Places (n <= count,) of pictures that are `wanted` (N,; bool), taken in turn from each of `labels` (N,), first come first."""
+    places = wanted.nonzero()[:, 0]
+    turn = torch.zeros_like(places)
+    for label in labels[places].unique():
+        of_class = labels[places] == label
+        turn[of_class] = torch.arange(int(of_class.sum()), device=places.device)
+    order = (turn * (labels.max() + 1) + labels[places]).argsort()  # first of every class, second of every class, ...
+    return places[order[:count]]

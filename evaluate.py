@@ -14,8 +14,8 @@ import checkpoint
 import data
 import plots
 from augment import Normalize
-from cli import Parser, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_int, run
-from engine import Runtime, predict, score
+from cli import Parser, add_data_arguments, add_device_arguments, output_folder, positive_int, run
+from engine import Runtime, balanced_choice, predict, score
 
 
 def confusion_matrix(labels, predictions, num_classes):
@@ -72,17 +72,6 @@ def matrix_text(matrix, class_names):
     return "\n".join(lines)
 
 
-def balanced_mistakes(labels, predictions, count):
-    """Places (n <= count,) of misclassified pictures, taken in turn from each actual class, first come first."""
-    wrong = (labels != predictions).nonzero()[:, 0]
-    turn = torch.zeros_like(wrong)
-    for label in labels[wrong].unique():
-        of_class = labels[wrong] == label
-        turn[of_class] = torch.arange(int(of_class.sum()), device=wrong.device)
-    order = (turn * (labels.max() + 1) + labels[wrong]).argsort()  # first of every class, second of every class, ...
-    return wrong[order[:count]]
-
-
 def main():
     parser = Parser(description="Evaluate a checkpoint on test pictures.")
     parser.add_argument("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a checkpoint that train.py wrote")
@@ -96,10 +85,8 @@ def main():
     runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
     model, content = checkpoint.load(arguments.ckpt, runtime.device)
     folder = output_folder(arguments.out or arguments.ckpt.parent)
-    dataset = data.load(arguments.data or content["config"]["data"], arguments.data_dir, runtime.device)
+    dataset = data.load_for(content, arguments.data, arguments.data_dir, runtime.device)
     class_names, K = content["class_names"], len(content["class_names"])
-    if list(dataset.class_names) != class_names:
-        raise UsageError(f"{arguments.ckpt} knows {K} classes ({class_names[0]} ...), {dataset.name} has {dataset.num_classes} ({dataset.class_names[0]} ...)")
     normalize = Normalize(content["mean"], content["std"], runtime.device)
     logits = predict(runtime, model, normalize, dataset.test_images)
     labels = dataset.test_labels
@@ -115,7 +102,7 @@ def main():
     print(f"\nconfusion matrix, rows actual, columns predicted\n{matrix_text(matrix, class_names)}")
     print(f"\n{classification_report(matrix, class_names)}\n")
 
-    shown = balanced_mistakes(labels, predictions, arguments.n)
+    shown = balanced_choice(labels, predictions != labels, arguments.n)
     captions = [f"{class_names[labels[i]]}\nas {class_names[predictions[i]]} {100 * confidence[i]:.0f} %" for i in shown.tolist()]
     pictures = {"confusion.png": plots.confusion(matrix, class_names, title)}
     if captions:
