@@ -359,9 +359,12 @@ def decode(paths):
     return images
 
 
-def decode_one(path):
+def decode_one(path, convert=True):
+    """One picture uint8 (3, 32, 32), resized; raises RunError if it cannot be read or, without `convert`, is not RGB."""
     try:
         with Image.open(path) as image:
+            if not convert and image.mode != "RGB":
+                raise ValueError(f"its mode is {image.mode}, not RGB")
             image = image.convert("RGB")
             if image.size != (SIDE, SIDE):
                 image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)

@@ -101,6 +101,32 @@ def misclassified(images, captions, title, columns=5):
     return made
 
 
+def heat_maps(images, titles, maps, captions, roles, title):
+    """Pictures uint8 (n, 3, S, S), each with its M heat maps (n, M, S, S; [0, 1]) laid over it, two pictures a row if they fit.
+
+    `titles` names the n pictures, `roles` the M kinds of map, `captions` (n lists of M) each map.
+    """
+    n, M = maps.shape[:2]
+    across = 2 if M < 3 and n > 1 else 1
+    down = -(-n // across)
+    width = 7.5
+    made = figure(width, 0.45 + down * (width / (across * (1 + M)) + 0.3))
+    made.suptitle(title, fontsize=10)
+    for i, part in enumerate(made.subfigures(down, across, squeeze=False, wspace=0.06).flat):
+        if i == n:
+            break
+        for j, axes in enumerate(part.subplots(1, 1 + M)):
+            if j == 0:
+                show_picture(axes, images[i])
+                axes.set_title(titles[i], fontsize=9)
+                continue
+            show_picture(axes, images[i].float().mean(0, keepdim=True).expand(3, -1, -1).byte())  # grey, as colour is heat
+            heat = maps[i, j - 1].cpu().numpy()
+            axes.imshow(heat, cmap="plasma", vmin=0, vmax=1, alpha=0.9 * heat, interpolation="bilinear")
+            axes.set_title(f"{roles[j - 1]}\n{captions[i][j - 1]}", fontsize=9)
+    return made
+
+
 def lr_range(history, suggestions, mode, title):
     """Loss, raw and smoothed, and accuracy over the rates of a range test, with the suggestions marked."""
     rates = [row["rate"] for row in history]

@@ -224,6 +224,14 @@ def test_folder_is_decoded_once_and_again_when_it_changes(folder, tmp_path, monk
     assert len(data.load(str(folder), tmp_path / "data").test_images) == 3
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_a_picture_of_another_mode_is_converted_or_refused_as_asked(tmp_path, mode):
+    Image.new("RGB", (40, 20), "white").convert(mode).save(tmp_path / "picture.tif")
+    assert (data.decode_one(tmp_path / "picture.tif") == 255).all()
+    with pytest.raises(RunError, match=f"picture.tif cannot be read as a picture .its mode is {mode}, not RGB"):
+        data.decode_one(tmp_path / "picture.tif", convert=False)
+
+
 def test_unreadable_picture_is_named(folder, tmp_path, capsys):
     (folder / "train" / "dog" / "2.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(RunError, match="dog/2.png cannot be read as a picture"):

@@ -1,0 +1,454 @@
+"""Heat maps: what they equal where the answer is known, what they leave untouched, and the script."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_trainer
+from PIL import Image
+from torch import nn
+
+import checkpoint
+import data
+import gradcam
+from augment import Augmentation, Normalize
+from cli import UsageError
+from gradcam import LAYER, METHODS, GradCAM, check_layer, has_grid, layer_shapes, to_unit
+from recipe import RECIPES, build_model
+
+GRADIENT_METHODS = list(gradcam.GRADIENT_METHODS)
+
+
+def make_model(seed=1):
+    return build_model(RECIPES["default"], 10, seed, "cpu").eval()
+
+
+def pictures(count, seed=0):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+class Small(nn.Module):
+    """A convolution, ReLU and a linear head, on the mean of each channel or on every position."""
+
+    def __init__(self, pooled):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.relu = nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.ReLU()
+        self.pooled, self.head = pooled, nn.Linear(5 if pooled else 5 * 16 * 16, 4)
+
+    def forward(self, images):
+        maps = self.relu(self.conv(images))
+        return self.head(maps.mean((2, 3)) if self.pooled else maps.flatten(1))
+
+
+# --- maps whose answer is known ---
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam"])
+def test_with_global_average_pooling_it_is_cam(method):
+    model, images, targets = Small(pooled=True), pictures(6), torch.tensor([0, 1, 2, 3, 0, 1])
+    activations = model.relu(model.conv(images)).detach()
+    cam = torch.einsum("bk,bkhw->bhw", model.head.weight[targets].detach(), activations).relu()  # Zhou et al. 2016
+    assert torch.allclose(GradCAM(model, "relu", method)(images, targets), to_unit(cam, (32, 32)), atol=1e-5)
+
+
+def test_where_the_head_reads_positions_hirescam_does_and_gradcam_averages():
+    model, images, targets = Small(pooled=False), pictures(4), torch.tensor([3, 2, 1, 0])
+    activations = model.relu(model.conv(images)).detach()
+    weights = model.head.weight[targets].detach().view(4, 5, 16, 16)  # what is owed to each place adds up to logit - bias
+    for method, owed in (("hirescam", weights * activations), ("gradcam", weights.mean((2, 3), keepdim=True) * activations)):
+        expected = to_unit(owed.sum(1).relu(), (32, 32))
+        assert expected.amax((1, 2)).tolist() == [1] * 4
+        assert torch.allclose(GradCAM(model, "relu", method)(images, targets), expected, atol=1e-5)
+
+
+def test_gradcam_plus_plus_is_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    activations, gradients = torch.randn(2, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    activations = activations.abs()
+    gradients[0, 0] = 0  # a channel that does not matter has no weight, and divides nothing by nothing
+    expected = torch.zeros(2, 4, 4, dtype=torch.float64)
+    for b, k in itertools.product(range(2), range(3)):
+        weight, total = 0, activations[b, k].sum().item()
+        for g in gradients[b, k].flatten().tolist():
+            alpha = g**2 / (2 * g**2 + total * g**3) if g > 0 else 0
+            weight += alpha * max(g, 0)
+        expected[b] += weight * activations[b, k]
+    assert torch.allclose(gradcam.gradcam_plus_plus(activations, gradients), expected, rtol=1e-10)
+
+
+def test_attention_is_the_networks_own():
+    model, images = make_model(), pictures(3)
+    seen = {}
+    attend = model.blocks[1].attention.attend
+    attend.register_forward_hook(lambda module, inputs, output: seen.update(qkv=inputs[0], output=output))
+    model(images)
+    H, D = attend.heads, attend.dim_head
+    values = seen["qkv"][..., 2 * H * D :].view(3, 33, H, D)
+    alone = []
+    for h in range(H):  # with one head's q and k in the place of all, the mean over heads is that head
+        q, k = (seen["qkv"][..., part * H * D + h * D :][..., :D].repeat(1, 1, H) for part in (0, 1))
+        alone.append(gradcam.attention(torch.cat([q, k, seen["qkv"][..., 2 * H * D :]], dim=2), H, D))
+    output = torch.stack([alone[h] @ values[:, :, h] for h in range(H)], dim=2).flatten(2)
+    assert torch.allclose(output, seen["output"], atol=1e-6)
+    assert torch.allclose(gradcam.attention(seen["qkv"], H, D), torch.stack(alone).mean(0), atol=1e-6)
+
+
+def test_rollout_of_known_attention():
+    first = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]])
+    second = torch.tensor([[[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+    # second, with its residual, gives CLS (1/2, 1/4, 1/4); first's rows are (1/2, 1/2, 0), (0, 1/2, 1/2), (0, 0, 1).
+    assert gradcam.rollout([first, second]).tolist() == [[0.25 + 0.125, 0.125 + 0.25]]
+    assert gradcam.rollout([torch.eye(3)[None]]).tolist() == [[0, 0]]
+
+
+def test_attention_maps_are_the_token_maps_weighted():
+    model, images = make_model(), pictures(3)
+    with GradCAM(model, LAYER, "attention") as cam:
+        maps = cam(images)
+        weights = gradcam.rollout(cam.attentions)
+        assert len(cam.attentions) == 2
+    stem = model.stem
+    expected = torch.einsum("bc,bchw->bhw", weights, stem.gelu2(stem.conv2(stem.gelu1(stem.conv1(images)))))
+    assert torch.allclose(maps, to_unit(expected.relu(), (32, 32)), atol=1e-5)
+    assert torch.equal(cam(images, torch.tensor([0, 0, 0])), cam(images, torch.tensor([1, 2, 3])))
+
+
+def test_a_channels_weight_agrees_with_finite_differences(monkeypatch):
+    model, images, targets, channel, step = make_model().double(), pictures(2).double(), torch.tensor([3, 5]), 7, 1e-5
+    kept = {}
+    monkeypatch.setitem(gradcam.GRADIENT_METHODS, "gradcam", lambda a, g: kept.update(gradients=g) or a.sum(1))
+    GradCAM(model, LAYER, "gradcam")(images, targets)
+
+    def logits(change):
+        def add(module, inputs, output):
+            return output + change * (torch.arange(32) == channel).view(1, 32, 1, 1)
+
+        handle = model.stem.gelu2.register_forward_hook(add)
+        found = model(images).gather(1, targets[:, None])[:, 0]
+        handle.remove()
+        return found
+
+    slopes = (logits(step) - logits(-step)) / (2 * step)
+    weights = kept["gradients"].mean((2, 3))[:, channel]
+    assert weights.abs().min() > 1e-9 and torch.allclose(weights * 16 * 16, slopes, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_is_its_pictures(method):
+    model, images, targets = make_model(), pictures(5), torch.tensor([0, 4, 9, 2, 2])
+    with GradCAM(model, method=method) as cam:
+        together = cam(images, targets)
+        alone = torch.cat([cam(images[i : i + 1], targets[i : i + 1]) for i in range(5)])
+    assert together.shape == (5, 32, 32) and torch.allclose(together, alone, atol=1e-4)
+    assert together.amin((1, 2)).tolist() == [0] * 5 and together.amax((1, 2)).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_maps_are_of_the_predicted_class_unless_told(method):
+    model, images = make_model(), pictures(4)
+    cam = GradCAM(model, method=method)
+    maps = cam(images)
+    assert torch.equal(cam.logits, model(images).detach())
+    assert torch.equal(maps, cam(images, model(images).argmax(1))) and torch.equal(maps, cam(images, model(images).argmax(1).tolist()))
+    assert not torch.allclose(maps, cam(images, model(images).argmin(1)), atol=0.1)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
+def test_a_constant_map_gives_zeros(value):
+    assert torch.equal(to_unit(torch.full((2, 15, 13), value), (32, 32)), torch.zeros(2, 32, 32))
+
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_a_class_that_nothing_speaks_for_gives_zeros(method):
+    model = make_model()
+    nn.init.zeros_(model.head.weight)
+    assert torch.equal(GradCAM(model, method=method)(pictures(2)), torch.zeros(2, 32, 32))
+
+
+def test_bilinear_interpolation_keeps_the_place():
+    maps = torch.zeros(1, 16, 16)
+    maps[0, 3, 11] = 2.0
+    found = to_unit(maps, (32, 32))[0]
+    assert (found == 1).nonzero().tolist() == [[6, 22], [6, 23], [7, 22], [7, 23]] and found[8, 22] == pytest.approx(1 / 3)
+
+
+# --- what is left untouched ---
+
+
+def hooks_of(model):
+    return [hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_go_and_modes_and_gradients_stay(method):
+    model = make_model().train()
+    model.blocks[0].eval()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 > 0)
+        parameter.grad = torch.full_like(parameter, i) if i % 2 else None
+    before = [(p.grad, None if p.grad is None else p.grad.clone(), p.requires_grad, p.detach().clone()) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    with GradCAM(model, method=method) as cam:
+        assert not any(module.training for module in model.modules()) and hooks_of(model)
+        cam(pictures(2))
+    cam(pictures(2))
+    assert not hooks_of(model) and [module.training for module in model.modules()] == modes
+    for parameter, (grad, values, required, weights) in zip(model.parameters(), before):
+        assert parameter.grad is grad and (grad is None or torch.equal(grad, values))
+        assert parameter.requires_grad == required and torch.equal(parameter, weights)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("where", ["block", "forward", "pictures", "targets"])
+def test_an_exception_passes_and_leaves_nothing_behind(method, where, monkeypatch):
+    model = make_model().train()
+    if where == "forward":
+        monkeypatch.setattr(model.norm, "forward", lambda x: (_ for _ in ()).throw(Stopped))
+    with pytest.raises((Stopped, ValueError)):
+        with GradCAM(model, method=method) as cam:
+            if where == "block":
+                raise Stopped
+            cam(pictures(2)[:, :2] if where == "pictures" else pictures(2), [0, 10] if where == "targets" else None)
+    assert not hooks_of(model) and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callers_mode_and_frozen_parameters_change_nothing(method, mode):
+    model, targets = make_model(), torch.tensor([1, 2])
+    expected = GradCAM(model, method=method)(pictures(2), targets)
+    for required in (True, False):
+        model.requires_grad_(required)
+        with mode():
+            assert torch.equal(GradCAM(model, method=method)(pictures(2), targets.clone()), expected)
+            assert not torch.is_grad_enabled()
+
+
+def test_a_block_within_its_own_block_is_refused():
+    model = make_model()
+    with GradCAM(model) as cam:
+        with pytest.raises(RuntimeError):
+            cam.__enter__()
+    assert not hooks_of(model)
+
+
+@pytest.mark.parametrize("targets", [[0, 10], [-1, 0], [0], [[0], [1]], 3])
+def test_targets_that_are_no_classes_are_refused(targets):
+    with pytest.raises(ValueError, match="2 classes from 0 to 9"):
+        GradCAM(make_model())(pictures(2), targets)
+
+
+# --- layers ---
+
+
+def test_the_stem_has_a_grid_and_nothing_else():
+    model = make_model()
+    shapes = layer_shapes(model, pictures(1))
+    assert not hooks_of(model) and set(shapes) == {name for name, _ in model.named_modules() if name}
+    assert {name: shape for name, shape in shapes.items() if has_grid(shape)} == {
+        "stem.conv1": (32, 32, 32), "stem.gelu1": (32, 32, 32), "stem.conv2": (32, 16, 16), "stem.gelu2": (32, 16, 16),
+    }  # fmt: skip
+    assert shapes["blocks.1"] == (33, 64) and shapes["head"] == (10,)
+    assert not has_grid((64, 33, 1)) and not has_grid((64, 1, 33))
+    for layer in ("stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"):
+        assert GradCAM(model, layer)(pictures(1)).shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.attention.qkv", "stem", "head", "stem.gelu3", ""])
+def test_a_layer_without_a_grid_is_refused(layer):
+    model = make_model()
+    with pytest.raises(ValueError, match="maps can be read off stem.conv1, stem.gelu1, stem.conv2, stem.gelu2$"):
+        check_layer(layer, layer_shapes(model, pictures(1)))
+    with pytest.raises(ValueError, match=f"layer '{layer}'"):
+        GradCAM(model, layer)(pictures(1))
+    assert not hooks_of(model)
+
+
+@pytest.mark.parametrize("layer", ["stem.conv1", "stem.gelu1"])
+def test_attention_speaks_of_tokens_alone(layer):
+    with pytest.raises(ValueError, match="stem.conv2 and stem.gelu2"):
+        GradCAM(make_model(), layer, "attention")
+    with pytest.raises(ValueError):
+        GradCAM(Small(pooled=True), "relu", "attention")
+
+
+def test_a_method_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="gradcam, hirescam"):
+        GradCAM(make_model(), LAYER, "scorecam")
+
+
+# --- a network that has learned something ---
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A network after a short training on shapes that knows half of them, and the data."""
+    dataset = data.load_shapes(train=2000, test=200)
+    recipe = dataclasses.replace(RECIPES["default"], epochs=8, batch_size=100, max_lr=0.004, augmentation=Augmentation())
+    trainer, normalize = make_trainer(dataset, recipe)
+    for epoch in range(recipe.epochs):
+        _, accuracy = trainer.epoch(epoch, trainer.steps_per_epoch)
+    assert accuracy > 40
+    return trainer, normalize, dataset
+
+
+def likeness(a, b):
+    """Mean over pictures of the magnitude of the correlation of two maps (B, S, S)."""
+    return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a.flatten(1), b.flatten(1))]).abs().nanmean()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_of_fresh_weights_do_not_resemble_those_of_trained_ones(learned, method):
+    """The sanity check of Adebayo et al. 2018, arXiv:1810.03292; weights hardly changed show that the measure can tell."""
+    trainer, normalize, dataset = learned
+    images, labels = normalize(dataset.test_images), dataset.test_labels
+    near, fresh = make_model(), make_model(seed=5)
+    near.load_state_dict({name: weight * 1.001 for name, weight in trainer.model.state_dict().items()})
+    maps, of_near, of_fresh = (GradCAM(model, method=method)(images, labels) for model in (trainer.model, near, fresh))
+    assert likeness(maps, of_near) > 0.99 and likeness(maps, of_fresh) < 0.5
+
+
+# --- the script ---
+
+
+@pytest.fixture
+def ckpt(small, small_shapes, tmp_path):
+    """A checkpoint of fresh weights that was made for `--data shapes`, which is 100 test pictures."""
+    path = tmp_path / "made" / "best.pt"
+    checkpoint.save(path, make_model(), small, {"data": "shapes", "recipe": "default"}, 1, 10.0)
+    return path
+
+
+def test_script_draws_ten_misclassified_pictures(ckpt, invoke):
+    status, out, err = invoke(gradcam, ["--ckpt", ckpt])
+    assert (status, err) == (0, "")
+    lines = [line for line in out.splitlines() if ": predicted " in line]
+    assert len(lines) == 10 and all(line.split(":")[0] in line.split("actual ")[1] for line in lines)
+    assert (ckpt.parent / "gradcam.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in ckpt.parent.iterdir()) == ["best.pt", "gradcam.png"]
+
+
+def test_maps_are_drawn_for_the_classes_that_are_named(ckpt, small, invoke, monkeypatch):
+    drawn = []
+    heat_maps = gradcam.plots.heat_maps
+    monkeypatch.setattr(gradcam.plots, "heat_maps", lambda *arguments: drawn.append(arguments) or heat_maps(*arguments))
+    model, normalize = make_model(), Normalize(small.mean, small.std, "cpu")
+    for flags in ([], ["--correct"]):
+        assert invoke(gradcam, ["--ckpt", ckpt, "--n", 3, *flags])[0] == 0
+        images, titles, maps, captions = drawn[-1][:4]
+        logits = model(normalize(images)).detach()
+        for i in range(3):
+            place = (small.test_images == images[i]).flatten(1).all(1).nonzero().item()
+            predicted, actual = logits[i].argmax().item(), small.test_labels[place].item()
+            assert titles[i] == small.class_names[actual] and (predicted == actual) == bool(flags)
+            for map_, caption, k in zip(maps[i], captions[i], (predicted, logits[i].topk(2).indices[1].item() if flags else actual)):
+                assert caption == f"{small.class_names[k]} {100 * logits[i].softmax(0)[k]:.0f} %"
+                assert torch.allclose(map_, GradCAM(model)(normalize(images[i : i + 1]), [k])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kernels_and_precision_change_nothing(ckpt, invoke, monkeypatch, method):
+    drawn = []
+    monkeypatch.setattr(gradcam.plots, "heat_maps", lambda *arguments: drawn.append(arguments) or gradcam.plots.figure(1, 1))
+    for kernels, precision in (("torch", "fp32"), ("auto", "fp32"), ("auto", "bf16"), ("torch", "bf16")):
+        flags = ["--method", method, "--kernels", kernels, "--precision", precision]
+        assert invoke(gradcam, ["--ckpt", ckpt, "--n", 80, *flags])[0] == 0
+        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(drawn[0], drawn[-1]))
+    assert drawn[0][2].shape == (80, 2, 32, 32)
+
+
+def test_seed_chooses_the_pictures(ckpt, invoke):
+    def listing(*flags):
+        status, out, _ = invoke(gradcam, ["--ckpt", ckpt, "--n", 2, *flags])
+        assert status == 0
+        return out
+
+    assert listing("--seed", 1) == listing() != listing("--seed", 2)
+
+
+def options(**changes):
+    return SimpleNamespace(**{"correct": False, "class_name": None, "n": 3, "seed": 1, **changes})
+
+
+def test_choice_is_right_or_wrong_as_asked_and_in_turn(small):
+    logits = nn.functional.one_hot(small.test_labels, 10).float()
+    logits[::2] = logits[::2].roll(1, dims=1)  # every other picture is misclassified
+    names, wrong = list(small.class_names), torch.arange(100) % 2 == 0
+    for correct in (False, True):
+        places = gradcam.choose(options(n=10, correct=correct), names, small, logits)
+        assert (wrong[places] != correct).all() and small.test_labels[places].tolist() == list(range(10))
+        assert places.tolist() != gradcam.choose(options(n=10, correct=correct, seed=2), names, small, logits).tolist()
+    places = gradcam.choose(options(class_name="star", n=2), names, small, logits)
+    assert wrong[places].all() and {names[label] for label in small.test_labels[places]} == {"star"}
+
+
+def test_a_class_without_mistakes_is_told_and_passed_over(small, capsys):
+    names, logits = list(small.class_names), nn.functional.one_hot(small.test_labels, 10).float()
+    ring, star = ((small.test_labels == names.index(name)).nonzero()[:2, 0] for name in ("ring", "star"))
+    logits[torch.cat([ring, star])] *= -1
+    places = gradcam.choose(options(n=3), names, small, logits)
+    out = capsys.readouterr().out
+    assert set(places.tolist()) <= {*ring.tolist(), *star.tolist()} and out.count("no misclassified test picture of class") == 8
+    assert "class disc\n" in out and "class ring\n" not in out
+    with pytest.raises(UsageError, match="--n 5 is more than there are: 4 misclassified test pictures in shapes"):
+        gradcam.choose(options(n=5), names, small, logits)
+    with pytest.raises(UsageError, match="0 misclassified test pictures of class disc"):
+        gradcam.choose(options(n=1, class_name="disc"), names, small, logits)
+
+
+def test_script_explains_pictures_of_any_size(ckpt, tmp_path, invoke):
+    paths = [tmp_path / "wide.png", tmp_path / "small.jpg"]
+    for path, size in zip(paths, [(300, 200), (8, 8)]):
+        Image.new("RGB", size, (200, 30, 90)).save(path)
+    status, out, err = invoke(gradcam, ["--ckpt", ckpt, "--image", *paths])
+    assert (status, err) == (0, "") and (ckpt.parent / "gradcam.png").exists()
+    for path in paths:
+        (line,) = [line for line in out.splitlines() if line.startswith(f"{path.name}: likeliest ")]
+        assert ", second " in line and ", third " in line and line.count(" %") == 3
+
+
+def test_list_layers(ckpt, invoke):
+    status, out, _ = invoke(gradcam, ["--ckpt", ckpt, "--list-layers"])
+    lines = out.splitlines()
+    assert status == 0 and len(lines) == 31 and sum("has a grid" in line for line in lines) == 4
+    assert [line.split()[0] for line in lines if "has a grid" in line] == ["stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"]
+    assert any(line.startswith("blocks.0.attention.qkv ") and "(33, 192)" in line and line.endswith("no grid") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected, told",
+    [
+        (["--ckpt", "missing.pt"], 2, "missing.pt does not exist"),
+        (["--ckpt", __file__], 2, "not a checkpoint"),
+        (["--layer", "blocks.0"], 2, "layer 'blocks.0' gives (33, 64) a picture: no rows and columns"),
+        (["--layer", "stem.gelu9"], 2, "no layer 'stem.gelu9'"),
+        (["--layer", "stem.gelu1", "--method", "attention"], 2, "stem.conv2 and stem.gelu2"),
+        (["--method", "scorecam"], 2, "--method"),
+        (["--n", 0], 2, "--n"),
+        (["--n", 101], 2, "--n 101 is more than there are"),
+        (["--class", "cat"], 2, "--class cat: the checkpoint's classes are checkered, crescent"),
+        (["--data", "nowhere"], 2, "nowhere"),
+        (["--seed", -1], 2, "--seed"),
+        (["--out", __file__], 2, "--out"),
+        (["--image", "missing.png"], 1, "missing.png cannot be read as a picture"),
+        (["--image", __file__], 1, "cannot be read as a picture"),
+        (["--image", "grey.png"], 1, "grey.png cannot be read as a picture (its mode is L, not RGB)"),
+        (["--image", "good.png", "clear.png"], 1, "clear.png cannot be read as a picture (its mode is RGBA, not RGB)"),
+        (["--image", "good.png", "--correct"], 2, "--image"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(arguments, expected, told, ckpt, tmp_path, monkeypatch, invoke):
+    for name, mode in (("good", "RGB"), ("grey", "L"), ("clear", "RGBA")):
+        Image.new(mode, (32, 32)).save(tmp_path / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    made = arguments if "--out" in arguments else [*arguments, "--out", "made/new"]
+    status, _, err = invoke(gradcam, made if "--ckpt" in arguments else ["--ckpt", ckpt, *made])
+    assert status == expected and told in err and err.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
