@@ -165,6 +165,8 @@ def test_inputs_of_any_stride(build, kernel, dtype):
     if kernel is gpu.feed_forward:  # rows far apart, as the CLS tokens lie
         tokens = torch.randn(3, 33, 64, device=DEVICE).to(dtype)
         assert torch.equal(kernel(module, tokens[:, :1]), kernel(module, tokens)[:, :1])
+        columns = torch.randn(64, 33, device=DEVICE).to(dtype).t()  # a row's numbers far apart
+        assert torch.equal(kernel(module, columns), kernel(module, columns.contiguous()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
