@@ -165,8 +165,10 @@ def test_inputs_of_any_stride(build, kernel, dtype):
     if kernel is gpu.feed_forward:  # rows far apart, as the CLS tokens lie
         tokens = torch.randn(3, 33, 64, device=DEVICE).to(dtype)
         assert torch.equal(kernel(module, tokens[:, :1]), kernel(module, tokens)[:, :1])
-        columns = torch.randn(64, 33, device=DEVICE).to(dtype).t()  # a row's numbers far apart
-        assert torch.equal(kernel(module, columns), kernel(module, columns.contiguous()))
+        columns, upstream = torch.randn(2, 64, 33, device=DEVICE).to(dtype).mT  # a row's numbers far apart
+        a = run(lambda x: kernel(module, x), module, columns.requires_grad_(), upstream)
+        b = run(lambda x: kernel(module, x), module, columns.contiguous().requires_grad_(), upstream.contiguous())
+        assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,6 +201,7 @@ def run_gelu(x, dtype):
     return exact, y.double(), exact * cdf, slope.double(), cdf + exact * density
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's, where the tail is zero
 def test_gelu_of_every_finite_bf16():
     """Within bf16's rounding, half a unit in the last place, of the exact function; 0.61 of it as measured."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -209,6 +212,7 @@ def test_gelu_of_every_finite_bf16():
     assert (slope - exact_slope).abs().max() < 2**-10
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_gelu_of_a_dense_fp32_grid():
     x = torch.cat([torch.linspace(-14, 14, 2**20), torch.logspace(-30, 30, 2**12), -torch.logspace(-30, 30, 2**12)])
     x, y, exact, slope, exact_slope = run_gelu(x, "fp32")
