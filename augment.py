@@ -1,8 +1,8 @@
 """Augmentation as batched tensor operations on the pictures' own device: no loop over samples, no worker processes.
 
 The functions below apply given parameters to a batch; `Augmenter` draws the parameters from a torch.Generator and
-runs them in the order that an `Augmentation` names. Pictures are (B, 3, S, S); a row `i` of any parameter belongs to
-picture `i`.
+applies them in the order that an `Augmentation` names; kernels/augment.py applies them all at once. Pictures are
+(B, 3, S, S); a row `i` of any parameter belongs to picture `i`.
 """
 
 import math
@@ -25,6 +25,20 @@ class Augmentation:
     warp_degrees: float = 0.0  # either way
     cutout_p: float = 0.0
     cutout_size: int = 0  # side in pixels of one square filled with the dataset's mean
+
+
+@dataclass
+class Draws:
+    """What was drawn for a batch of B pictures; None for what the plan leaves out."""
+
+    offsets: torch.Tensor | None = None  # (B, 2), int64, rows and columns
+    flipped: torch.Tensor | None = None  # (B,), bool
+    warped: torch.Tensor | None = None  # (B,), bool; the next three are for these
+    shifts: torch.Tensor | None = None  # (B, 2), pixels down and right
+    scales: torch.Tensor | None = None  # (B,)
+    angles: torch.Tensor | None = None  # (B,), radians
+    corners: torch.Tensor | None = None  # (B, 2), int64, rows and columns
+    cut: torch.Tensor | None = None  # (B,), bool
 
 
 def take_pixels(images, index):
@@ -129,32 +143,48 @@ class Augmenter:
         """Whole numbers from low to high, both included."""
         return torch.randint(low, high + 1, shape, device=self.device, generator=self.generator)
 
-    def __call__(self, images, indices, epoch):
-        """Augment and normalise: uint8 (B, 3, S, S), the pictures' places in the training set (B,), epoch from 0."""
-        plan, B, S = self.augmentation, len(images), images.shape[-1]
+    def draw(self, indices, epoch, S):
+        """Draws for the training pictures at places `indices` (B,), of side S, in an epoch counted from 0."""
+        plan, B, draws = self.augmentation, len(indices), Draws()
         if plan.crop_padding:
-            offsets = self.integers(-plan.crop_padding, plan.crop_padding, B, 2)
-            images = crop(images, offsets, plan.crop_border)
+            draws.offsets = self.integers(-plan.crop_padding, plan.crop_padding, B, 2)
         if plan.flip == "alternating":
-            images = flip(images, self.flipped_first[indices] ^ (epoch % 2 == 1))
+            draws.flipped = self.flipped_first[indices] ^ (epoch % 2 == 1)
         elif plan.flip_p:
-            images = flip(images, self.uniform(0, 1, B) < plan.flip_p)
+            draws.flipped = self.uniform(0, 1, B) < plan.flip_p
         if plan.warp_p:
-            images = self.warp_some(images)
-        images = self.normalize(images)
+            draws.warped = self.uniform(0, 1, B) < plan.warp_p
+            draws.shifts = self.uniform(-plan.warp_shift * S, plan.warp_shift * S, B, 2)
+            draws.scales = self.uniform(1 - plan.warp_scale, 1 + plan.warp_scale, B)
+            draws.angles = self.uniform(-math.radians(plan.warp_degrees), math.radians(plan.warp_degrees), B)
         if plan.cutout_p:
-            corners = self.integers(0, S - plan.cutout_size, B, 2)
-            images = cutout(images, corners, plan.cutout_size, self.uniform(0, 1, B) < plan.cutout_p)
+            draws.corners = self.integers(0, S - plan.cutout_size, B, 2)
+            draws.cut = self.uniform(0, 1, B) < plan.cutout_p
+        return draws
+
+    def apply(self, images, draws):
+        """Augment and normalise: uint8 (B, 3, S, S) -> float32."""
+        if draws.offsets is not None:
+            images = crop(images, draws.offsets, self.augmentation.crop_border)
+        if draws.flipped is not None:
+            images = flip(images, draws.flipped)
+        if draws.warped is not None:
+            images = warp_some(images, draws)
+        images = self.normalize(images)
+        if draws.cut is not None:
+            images = cutout(images, draws.corners, self.augmentation.cutout_size, draws.cut)
         return images
 
-    def warp_some(self, images):
-        plan, B, S = self.augmentation, len(images), images.shape[-1]
-        chosen = self.uniform(0, 1, B) < plan.warp_p
-        shifts = self.uniform(-plan.warp_shift * S, plan.warp_shift * S, B, 2)
-        scales = self.uniform(1 - plan.warp_scale, 1 + plan.warp_scale, B)
-        angles = self.uniform(-math.radians(plan.warp_degrees), math.radians(plan.warp_degrees), B)
-        if images.device.type != "cpu":  # no shape may depend on what was drawn, or the host would have to wait
-            return torch.where(chosen.view(B, 1, 1, 1), warp(images, shifts, scales, angles), images.float())
-        warped = images.float()
-        warped[chosen] = warp(images[chosen], shifts[chosen], scales[chosen], angles[chosen])
-        return warped
+    def __call__(self, images, indices, epoch):
+        """Draw and apply: uint8 (B, 3, S, S), the pictures' places in the training set (B,), epoch from 0 -> float32."""
+        return self.apply(images, self.draw(indices, epoch, images.shape[-1]))
+
+
+def warp_some(images, draws):
+    """`warp` the pictures that were drawn for it; float32."""
+    chosen, parameters = draws.warped, (draws.shifts, draws.scales, draws.angles)
+    if images.device.type != "cpu":  # no shape may depend on what was drawn, or the host would have to wait
+        return torch.where(chosen.view(-1, 1, 1, 1), warp(images, *parameters), images.float())
+    warped = images.float()
+    warped[chosen] = warp(images[chosen], *(parameter[chosen] for parameter in parameters))
+    return warped

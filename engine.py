@@ -105,7 +105,7 @@ class Trainer:
 
     def update(self, indices, epoch):
         """A step's work on the device; `epoch` is a number or, in a graph, a tensor ()."""
-        images = self.augment(self.dataset.train_images.index_select(0, indices), indices, epoch)
+        images = self.augmented(indices, epoch)
         labels = self.dataset.train_labels[indices]
         logits = self.runtime.logits(self.model, images)
         loss = F.cross_entropy(logits, labels)
@@ -116,6 +116,15 @@ class Trainer:
             torch._foreach_add_([p.grad for p in parameters], torch._foreach_sign(parameters), alpha=self.recipe.l1)
         self.optimizer.step()
         return loss.detach() * len(indices), (logits.detach().argmax(1) == labels).sum()
+
+    def augmented(self, indices, epoch):
+        """The training pictures at `indices` (B,), augmented and normalised: (B, 3, S, S)."""
+        pictures = self.dataset.train_images
+        if self.runtime.triton:
+            from kernels.augment import augment  # Triton is not on every platform
+
+            return augment(self.augment, pictures, indices, self.augment.draw(indices, epoch, pictures.shape[-1]), self.runtime.dtype)
+        return self.augment(pictures.index_select(0, indices), indices, epoch)
 
     def epoch(self, epoch, steps, after_step=lambda done: None):
         """Up to `steps` updates of one pass, epoch counted from 0: mean cross entropy and accuracy in percent.

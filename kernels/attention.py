@@ -134,7 +134,7 @@ def forward(x, norm_weight, norm_bias, qkv, out, heads, eps):
     """x (B, T, C), float32 or bfloat16, to z of its shape and dtype; weights as vit.Attention's, float32."""
     z = torch.empty_like(x)
     sizes = constants(x, qkv, heads, eps)
-    launch(forward_kernel, len(x), (x, norm_weight, norm_bias, qkv, out), (z,), x.shape[1], sizes["D"] ** -0.5, **sizes)
+    launch(forward_kernel, len(x), x.dtype, (x, norm_weight, norm_bias, qkv, out), (z,), x.shape[1], sizes["D"] ** -0.5, **sizes)
     return z
 
 
@@ -143,7 +143,7 @@ def backward(dz, x, norm_weight, norm_bias, qkv, out, heads, eps):
     dx = torch.empty_like(x)
     shares = x.new_empty(len(x), qkv.numel() + out.numel() + 2 * x.shape[2], dtype=torch.float32)
     sizes = constants(x, qkv, heads, eps)
-    launch(backward_kernel, len(x), (x, norm_weight, norm_bias, qkv, out, dz), (dx, shares), x.shape[1], sizes["D"] ** -0.5, **sizes)
+    launch(backward_kernel, len(x), x.dtype, (x, norm_weight, norm_bias, qkv, out, dz), (dx, shares), x.shape[1], sizes["D"] ** -0.5, **sizes)
     dqkv, dout, dnorm_weight, dnorm_bias = split(shares.sum(0), qkv, out, norm_weight, norm_bias)
     return dx, dnorm_weight, dnorm_bias, dqkv, dout
 

@@ -14,20 +14,26 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret  # settled by the environment when a kernel's module is imported
 
 
-def launch(kernel, programs, inputs, outputs, *numbers, **constants):
+def launch(kernel, programs, dtype, inputs, outputs, *numbers, **constants):
     """Run `kernel(*inputs, *outputs, *numbers)` as `programs` programs on the tensors' own device.
 
-    The first input's dtype, float32 or bfloat16, is the working dtype.
+    `dtype`, torch.float32 or torch.bfloat16, is the working dtype.
     """
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[inputs[0].dtype]
-    if INTERPRETED and dtype == "bf16":
-        stand_ins = [torch.empty_strided(t.shape, t.stride(), dtype=torch.float32).copy_(t) for t in (*inputs, *outputs)]
-        kernel[(programs,)](*stand_ins, *numbers, DTYPE="rounded", **constants)
-        for output, result in zip(outputs, stand_ins[len(inputs) :]):
-            output.copy_(result)
-        return
-    with torch.cuda.device_of(inputs[0]):
-        kernel[(programs,)](*inputs, *outputs, *numbers, DTYPE=dtype, **constants)
+    tensors, name = (*inputs, *outputs), {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    if INTERPRETED and name == "bf16":
+        name, originals = "rounded", tensors
+        tensors = [in_float32(tensor) if tensor.dtype == dtype else tensor for tensor in originals]
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(programs,)](*tensors, *numbers, DTYPE=name, **constants)
+    if name == "rounded":
+        for output, result in zip(outputs, tensors[len(inputs) :]):
+            if output is not result:
+                output.copy_(result)
+
+
+def in_float32(tensor):
+    """A copy in float32 with the same strides."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float32).copy_(tensor)
 
 
 def padded(size):

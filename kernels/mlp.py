@@ -92,7 +92,7 @@ def forward(x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps):
     """x (N, C), float32 or bfloat16, each row contiguous, to z of its shape and dtype; weights as vit.FeedForward's, float32."""
     z = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weights = norm_weight, norm_bias, weight1, bias1, weight2, bias2
-    launch(forward_kernel, triton.cdiv(len(x), ROWS[x.dtype]), (x, *weights), (z,), len(x), x.stride(0), **constants(x, weight1, eps))
+    launch(forward_kernel, triton.cdiv(len(x), ROWS[x.dtype]), x.dtype, (x, *weights), (z,), len(x), x.stride(0), **constants(x, weight1, eps))
     return z
 
 
@@ -103,7 +103,7 @@ def backward(dz, x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps)
     parts = weight1, weight2, bias1, bias2, norm_weight, norm_bias
     shares = x.new_empty(programs, sum(part.numel() for part in parts), dtype=torch.float32)
     weights = norm_weight, norm_bias, weight1, bias1, weight2
-    launch(backward_kernel, programs, (x, *weights, dz), (dx, shares), len(x), x.stride(0), **constants(x, weight1, eps))
+    launch(backward_kernel, programs, x.dtype, (x, *weights, dz), (dx, shares), len(x), x.stride(0), **constants(x, weight1, eps))
     dweight1, dweight2, dbias1, dbias2, dnorm_weight, dnorm_bias = split(shares.sum(0), *parts)
     return dx, dnorm_weight, dnorm_bias, dweight1, dbias1, dweight2, dbias2
 

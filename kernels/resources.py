@@ -14,11 +14,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adamw, attention, mlp, stem
+from kernels import adamw, attention, augment, mlp, stem
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ACTIVATIONS = {"x_ptr", "z_ptr", "dz_ptr", "dx_ptr", "images_ptr"}  # in the working dtype; all else in memory is fp32
+# What lies in memory; all else is fp32.
+KINDS = {
+    **dict.fromkeys(("x_ptr", "z_ptr", "dz_ptr", "dx_ptr", "images_ptr"), "working dtype"),
+    **dict.fromkeys(("indices_ptr", "offsets_ptr", "corners_ptr"), "*i64"),
+    **dict.fromkeys(("flipped_ptr", "warped_ptr", "cut_ptr"), "*i1"),
+    "pictures_ptr": "*u8",
+}
 REALS = {"scale", "decay", "beta2", "eps"}  # numbers that are no counts
 COLUMNS = "kernel", "dtype", "target", "registers", "spilled_bytes", "shared_bytes", "matrix_instructions", "instructions"
 
@@ -37,6 +43,8 @@ def cases(dtype):
     weights = like(1, 3, 32, 32), like(32, 32, 2, 2), like(64, 256)
     yield "stem forward", stem.forward_kernel, stem.forward_constants(*weights)
     yield "stem backward", stem.backward_kernel, stem.backward_constants(*weights)
+    for recipe, steps in (("default", {"WARP": False, "CUT": 0}), ("original", {"WARP": True, "CUT": 8})):
+        yield f"augment {recipe}", augment.augment_kernel, {"BORDER": "reflect", "FLIP": True, "PIXELS": 1024, **steps}
     if dtype == torch.float32:  # parameters are in no other
         yield "adamw", adamw.adamw_kernel, {"BLOCK": adamw.BLOCK}
 
@@ -51,7 +59,8 @@ def compile_for(kernel, constants, dtype_name, target):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = working if name in ACTIVATIONS else "*fp32"
+            kind = KINDS.get(name, "*fp32")
+            signature[name] = working if kind == "working dtype" else kind
         else:
             signature[name] = "fp32" if name in REALS else "i32"
     options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
@@ -78,7 +87,7 @@ def measure(compiled, target):
         code = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     number = lambda name: int(re.search(rf"\b{name}:(\d+)", usage.stdout + usage.stderr)[1])
     operations = [op for op in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code) if op != "NOP"]
-    # A kernel without local arrays has a stack only for the registers that it spills.
+    # A kernel has a stack for the registers that it spills; those of sin and cos, which keep a table there, for 32 bytes more.
     found["registers"], found["spilled_bytes"] = number("REG"), number("STACK") + number("LOCAL")
     found["matrix_instructions"] = sum(op in ("HGMMA", "HMMA") for op in operations)
     found["instructions"] = len(operations)

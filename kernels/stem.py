@@ -136,7 +136,7 @@ def forward(images, weight1, bias1, weight2, bias2, project, bias, cls_token, po
     """images (B, I, S, S), float32 or bfloat16, to x (B, L + 1, C) of the same dtype; weights as vit.ViT's, float32."""
     x = torch.empty(len(images), len(weight1) + 1, len(project), dtype=images.dtype, device=images.device)
     weights = weight1, bias1, weight2, bias2, project, bias, cls_token, position
-    launch(forward_kernel, len(images), (images, *weights), (x,), **forward_constants(images, weight2, project))
+    launch(forward_kernel, len(images), images.dtype, (images, *weights), (x,), **forward_constants(images, weight2, project))
     return x
 
 
@@ -144,7 +144,7 @@ def backward(dx, images, weight1, bias1, weight2, bias2, project, bias, cls_toke
     """Gradients of every weight, in the order of `forward`, given that of x (B, L + 1, C)."""
     parts = weight1, bias1, weight2, bias2, project
     shares = torch.empty(len(images), sum(part.numel() for part in parts), dtype=torch.float32, device=images.device)
-    launch(backward_kernel, len(images), (images, *parts, dx), (shares,), **backward_constants(images, weight2, project))
+    launch(backward_kernel, len(images), images.dtype, (images, *parts, dx), (shares,), **backward_constants(images, weight2, project))
     dposition = dx.sum(0, dtype=torch.float32)  # (T, C)
     rest = dposition[1:].sum(0), dposition[0].view(cls_token.shape), dposition.view(position.shape)
     return *split(shares.sum(0), *parts), *rest

@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 
 import kernels
+from augment import Augmentation, Augmenter, Normalize
 from cli import UsageError
 from engine import Runtime, StepGraphs
 from kernels import adamw, attention, functions, gpu, mlp, plain, stem
+from kernels.augment import augment
 from recipe import RECIPES, AdamW
 from conftest import make_trainer, small_recipe
 from vit import Attention, FeedForward, ViT
@@ -179,6 +181,30 @@ def test_a_repeated_run_gives_the_same_bits(dtype):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+PLANS = {name: recipe.augmentation for name, recipe in RECIPES.items()} | {
+    "nothing": Augmentation(),
+    "crop": Augmentation(crop_padding=9, crop_border="wrap"),
+    "warp": Augmentation(warp_p=1.0, warp_shift=0.9, warp_scale=0.5, warp_degrees=180.0),
+    "cutout": Augmentation(cutout_p=0.5, cutout_size=32),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PLANS)
+def test_augmentation(name, dtype):
+    """A batch in any order, with what was drawn for it, as augment.Augmenter makes it."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    pictures = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=generator, device=DEVICE)
+    augmenter = Augmenter(PLANS[name], Normalize((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), DEVICE), 20, generator)
+    indices = torch.tensor([7, 3, 19, 0, 7, 11, 4], device=DEVICE)
+    for epoch in (0, 1):
+        draws = augmenter.draw(indices, epoch, 32)
+        expected = augmenter.apply(pictures[indices], draws)
+        got = augment(augmenter, pictures, indices, draws, dtype)
+        assert got.dtype == dtype
+        assert torch.allclose(got.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
 @triton.jit
 def gelu_kernel(x_ptr, y_ptr, slope_ptr, N: tl.constexpr, DTYPE: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
@@ -227,8 +253,8 @@ def small_there(small):
 
 
 def test_ten_steps_of_training(small_there):
-    """The losses of ten steps with the kernels are those without."""
-    recipe, losses = dataclasses.replace(small_recipe(), batch_size=2), {}
+    """The losses of ten steps with the kernels, augmentation and optimizer among them, are those without."""
+    recipe, losses = dataclasses.replace(small_recipe(), batch_size=2, augmentation=PLANS["original"]), {}
     order = torch.arange(20, device=DEVICE).view(10, 2)
     for name in ("triton", "torch"):
         trainer, _ = make_trainer(small_there, recipe, device=DEVICE, precision="fp32", kernels_name=name)
