@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from augment import Augmenter
+from augment import Augmenter, Normalize
 from cli import RunError, UsageError, first_line
 from recipe import RECIPES, build_model, build_optimizer
 from schedule import OneCycle
@@ -36,8 +36,11 @@ class Runtime:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
-        example = build_model(RECIPES["original"], 10, 0, self.device)
-        self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype, example)
+        example = RECIPES["original"]
+        normalize, generator = Normalize((0.5,) * 3, (0.25,) * 3, self.device), torch.Generator(self.device).manual_seed(0)
+        augmenter = Augmenter(example.augmentation, normalize, 3, generator)
+        model = build_model(example, 10, 0, self.device)
+        self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype, model, augmenter)
         self.triton = self.forward.__module__ == "kernels.gpu"
         if reason and kernels_name == "triton":
             raise UsageError(f"--kernels triton: {first_line(reason)}")

@@ -7,7 +7,8 @@ Every step of an augmentation but the last only says from where a pixel comes, s
 output to the byte: the pictures are read where they lie in the training set, once, and written once, in the working
 dtype, where PyTorch takes some twenty launches and passes every picture through memory in fp32 several times.
 
-One program is one picture, its S S pixels at once and its channels in turn. Letters: N training pictures, B batch, S side.
+One program is one picture, its S S pixels at once and its channels in turn; neighbours come from the first level cache.
+Letters: N training pictures, B batch, S side. The steps and their sources are those of augment.py.
 """
 
 import torch

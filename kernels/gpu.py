@@ -10,7 +10,9 @@ import copy
 import torch
 
 from kernels import plain
+from kernels.adamw import AdamW
 from kernels.attention import FusedAttention
+from kernels.augment import augment
 from kernels.mlp import FusedFeedForward
 from kernels.stem import FusedStem
 
@@ -81,42 +83,69 @@ def feed_forward(module, x):
     return FusedFeedForward.apply(x, norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, norm.eps)
 
 
-def check(model, dtype, batch=3):
-    """Try every kernel, forward and backward, on random numbers: None, or a line that says what is wrong.
+def check(model, augmenter, dtype):
+    """Try every kernel on random numbers, forward and backward: None, or words that say what is wrong.
 
-    The reference is the same modules of `model` in float64. The bounds are those of the working dtype: an error of 1e-4
-    (fp32) or 3e-2 (bf16) of the result's norm tells a wrong kernel, or a TF32 product, from rounding.
+    `model` is a network, `augmenter` an augment.Augmenter, both on the device. The reference is PyTorch, the network in
+    float64. An error of 1e-4 (fp32) or 3e-2 (bf16) of a result's norm tells a wrong kernel, or a TF32 product, from rounding.
     """
-    exact = copy.deepcopy(model).double()
-    device, sizes, bound = model.cls_token.device, model.sizes, {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    sizes, block, bound = model.sizes, model.blocks[0], {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    device = model.cls_token.device
     random = torch.Generator(device).manual_seed(0)
-    images = torch.randn(batch, sizes["in_channels"], sizes["image_size"], sizes["image_size"], generator=random, device=device)
-    tokens = torch.randn(batch, sizes["channels"] + 1, sizes["dim"], generator=random, device=device)
-    block, exact_block = model.blocks[0], exact.blocks[0]
-    for name, kernel, reference, x in (
-        ("stem", lambda x: stem(model, x), exact.embed, images),
-        ("attention", lambda x: attention(block.attention, x), exact_block.attention, tokens),
-        ("feed-forward", lambda x: feed_forward(block.feed_forward, x), exact_block.feed_forward, tokens),
-    ):
-        x = x.to(dtype).requires_grad_(x is tokens)
+    images = torch.randn(3, sizes["in_channels"], sizes["image_size"], sizes["image_size"], generator=random, device=device).to(dtype)
+    tokens = torch.randn(3, sizes["channels"] + 1, sizes["dim"], generator=random, device=device).to(dtype).requires_grad_()
+    checks = {
+        "stem": lambda: compare_module(stem, model, "embed", images, random),
+        "attention": lambda: compare_module(attention, block.attention, "forward", tokens, random),
+        "feed-forward": lambda: compare_module(feed_forward, block.feed_forward, "forward", tokens, random),
+        "augmentation": lambda: compare_augmentation(augmenter, images, dtype),
+        "AdamW": lambda: compare_adamw(tokens.detach().float()),
+    }
+    for name, compared in checks.items():
         try:
-            results = value_and_gradients(kernel, x, model, random)
-            wanted = value_and_gradients(reference, x.detach().double().requires_grad_(x.requires_grad), exact, random)
+            for got, wanted in compared():
+                error = ((got - wanted).norm() / wanted.norm()).item()
+                if not error <= bound:
+                    return f"the {name} kernel is off by {error:.1e} on this device, more than {bound:.0e}"
         except Exception as error:  # a compiler's or a driver's failure has no type of its own
             return f"the {name} kernel does not run here: {error or type(error).__name__}"
-        for result, value in zip(results, wanted):
-            error = ((result - value).norm() / value.norm()).item()
-            if not error <= bound:
-                return f"the {name} kernel is off by {error:.1e} on this device, more than {bound:.0e}"
     return None
 
 
-def value_and_gradients(function, x, model, random):
-    """`function(x)`, and the gradients of a random projection of it in x and in those of model's parameters that it reads."""
-    y = function(x)
-    state = random.get_state()
-    upstream = torch.randn(y.shape, generator=random, device=y.device)
-    random.set_state(state)  # the next call draws the same
-    inputs = [x] * x.requires_grad + list(model.parameters())
-    gradients = torch.autograd.grad(y, inputs, upstream.to(y.dtype), allow_unused=True)
-    return [y.detach()] + [gradient for gradient in gradients if gradient is not None]
+def compare_module(kernel, module, method, x, random):
+    """(got, wanted) for kernel(module, x) against the module's method in float64, and for every gradient of a random projection."""
+    exact = copy.deepcopy(module).double()
+    exact_x = x.detach().double().requires_grad_(x.requires_grad)
+    y, exact_y = kernel(module, x), getattr(exact, method)(exact_x)
+    upstream = torch.randn(y.shape, generator=random, device=y.device).to(y.dtype)
+    yield y.detach(), exact_y.detach()
+    inputs, exact_inputs = ([at] * at.requires_grad + list(of.parameters()) for at, of in ((x, module), (exact_x, exact)))
+    gradients = torch.autograd.grad(y, inputs, upstream, allow_unused=True)
+    exact_gradients = torch.autograd.grad(exact_y, exact_inputs, upstream.double(), allow_unused=True)
+    yield from (pair for pair in zip(gradients, exact_gradients) if pair[1] is not None)
+
+
+def compare_augmentation(augmenter, images, dtype):
+    """(got, wanted) for two pictures of three."""
+    pictures = (images.float() * 60 + 128).clamp(0, 255).to(torch.uint8)
+    indices = torch.tensor([2, 0], device=images.device)
+    draws = augmenter.draw(indices, 0, images.shape[-1])
+    yield augment(augmenter, pictures, indices, draws, dtype), augmenter.apply(pictures[indices], draws)
+
+
+def compare_adamw(values):
+    """(got, wanted) for fp32 parameters, and how far they moved, after two steps."""
+    moved = []
+    for build in (
+        lambda p: AdamW([p], [], weight_decay=0.1, beta2=0.99, eps=1e-8),
+        lambda p: torch.optim.AdamW([p], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1),
+    ):
+        parameter = values.clone().requires_grad_()
+        optimizer = build(parameter)
+        for power in (1, 3):
+            parameter.grad = values**power
+            if isinstance(optimizer, AdamW):
+                optimizer.prepare(0.1, 0.9)
+            optimizer.step()
+        moved.append(parameter.detach() - values)
+    yield moved

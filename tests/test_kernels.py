@@ -189,18 +189,22 @@ PLANS = {name: recipe.augmentation for name, recipe in RECIPES.items()} | {
 }
 
 
+def augmenter(plan="original"):
+    """An Augmenter of 20 pictures."""
+    normalize, generator = Normalize((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), DEVICE), torch.Generator(DEVICE).manual_seed(0)
+    return Augmenter(PLANS[plan], normalize, 20, generator)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PLANS)
 def test_augmentation(name, dtype):
     """A batch in any order, with what was drawn for it, as augment.Augmenter makes it."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    pictures = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=generator, device=DEVICE)
-    augmenter = Augmenter(PLANS[name], Normalize((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), DEVICE), 20, generator)
-    indices = torch.tensor([7, 3, 19, 0, 7, 11, 4], device=DEVICE)
+    pictures = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    indices, ours = torch.tensor([7, 3, 19, 0, 7, 11, 4], device=DEVICE), augmenter(name)
     for epoch in (0, 1):
-        draws = augmenter.draw(indices, epoch, 32)
-        expected = augmenter.apply(pictures[indices], draws)
-        got = augment(augmenter, pictures, indices, draws, dtype)
+        draws = ours.draw(indices, epoch, 32)
+        expected = ours.apply(pictures[indices], draws)
+        got = augment(ours, pictures, indices, draws, dtype)
         assert got.dtype == dtype
         assert torch.allclose(got.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
 
@@ -254,7 +258,8 @@ def small_there(small):
 
 def test_ten_steps_of_training(small_there):
     """The losses of ten steps with the kernels, augmentation and optimizer among them, are those without."""
-    recipe, losses = dataclasses.replace(small_recipe(), batch_size=2, augmentation=PLANS["original"]), {}
+    plan = dataclasses.replace(PLANS["original"], flip="alternating")  # everything, and what depends on the picture's place
+    recipe, losses = dataclasses.replace(small_recipe(), batch_size=2, augmentation=plan), {}
     order = torch.arange(20, device=DEVICE).view(10, 2)
     for name in ("triton", "torch"):
         trainer, _ = make_trainer(small_there, recipe, device=DEVICE, precision="fp32", kernels_name=name)
@@ -406,7 +411,7 @@ def test_a_wrong_kernel_is_found_out_and_not_used(monkeypatch, capsys):
     right = gpu.attention
     monkeypatch.setattr(gpu, "attention", lambda module, x: right(module, x) * 1.001)
     runtime = Runtime(DEVICE, "fp32", "torch")
-    forward, reason = kernels.choose("triton", runtime.device, torch.float32, random_module(ViT()))
+    forward, reason = kernels.choose("triton", runtime.device, torch.float32, random_module(ViT()), augmenter())
     assert forward is plain.forward and "attention kernel is off by 1.0e-03" in reason
     if DEVICE == "cuda":
         assert Runtime(DEVICE, "fp32", "auto").forward is plain.forward
@@ -425,4 +430,16 @@ def test_a_kernel_that_fails_is_told_in_a_line(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_self_check_passes(dtype):
-    assert gpu.check(random_module(ViT()), dtype) is None
+    assert gpu.check(random_module(ViT()), augmenter(), dtype) is None
+
+
+@pytest.mark.parametrize("name", ["stem", "feed_forward", "augment", "AdamW"])
+def test_the_self_check_sees_every_kernel(name, monkeypatch):
+    right = getattr(gpu, name)
+
+    class Wrong(adamw.AdamW):
+        def prepare(self, lr, momentum):
+            super().prepare(1.01 * lr, momentum)
+
+    monkeypatch.setattr(gpu, name, Wrong if name == "AdamW" else lambda *arguments: right(*arguments) * 1.01)
+    assert "kernel is off by" in gpu.check(random_module(ViT()), augmenter(), torch.float32)
