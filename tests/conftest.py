@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Tests are many small operations: with threads they gain little alone, and beside other work lose minutes to waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # settled before a kernel is imported
