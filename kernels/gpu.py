@@ -24,13 +24,13 @@ def forward(model, images):
     """
     sizes = model.sizes
     expected = sizes["in_channels"], sizes["image_size"], sizes["image_size"]
-    watched = any(hooks(module) for module in (model, model.blocks, *model.blocks))
-    if watched or not fits(sizes) or images.shape[1:] != expected:
+    around = any(hooks(module) for module in (model, model.blocks, *model.blocks))
+    if around or not fits(sizes) or images.shape[1:] != expected:
         return plain.forward(model, images).float()
     x = stem(model, images)
     for block in model.blocks:
         x = attention(block.attention, x)
-        if block is model.blocks[-1]:
+        if block is model.blocks[-1] and not watched(block.feed_forward):
             x = x[:, :1]  # (B, T, C) -> (B, 1, C)
         x = feed_forward(block.feed_forward, x)
     return model.head(model.norm(x[:, 0].float()))  # (B, C) -> (B, num_classes)
@@ -39,12 +39,9 @@ def forward(model, images):
 def fits(sizes):
     """Whether the kernels take a network of these `vit.ViT.sizes`."""
     patches = (sizes["image_size"] // sizes["patch_size"]) ** 2
-    powers = all(is_power(size, 16, 256) for size in (sizes["dim"], sizes["channels"], sizes["mlp_dim"], patches))
-    return powers and sizes["dim"] <= 64 and sizes["channels"] < 64 and sizes["mlp_dim"] <= 128 and sizes["dim_head"] <= 64
-
-
-def is_power(size, low, high):
-    return low <= size <= high and size & (size - 1) == 0
+    largest = ((sizes["dim"], 64), (sizes["channels"], 32), (sizes["mlp_dim"], 128), (patches, 256))
+    powers = all(16 <= size <= limit and size & (size - 1) == 0 for size, limit in largest)
+    return powers and sizes["dim_head"] <= 64
 
 
 def hooks(module):
