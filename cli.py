@@ -1,11 +1,13 @@
 """How a script meets its user: the flags that several scripts share, and mistakes told in one line.
 
-Exit status 2 is a mistake in what was asked for, 1 a run that failed; neither shows a traceback.
+Exit status 2 is a mistake in what was asked for, 1 a run that failed, 128 and the signal's number one that was stopped;
+none shows a traceback.
 """
 
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 
@@ -22,6 +24,31 @@ class RunError(Exception):
     status = 1
 
 
+class Stopped(Exception):
+    """A signal ended what can be gone on with: exit status 128 and its number, as a shell counts."""
+
+    def __init__(self, number, message):
+        super().__init__(f"stopped by {signal.Signals(number).name}; {message}")
+        self.status = 128 + number
+
+
+class Stop:
+    """While the block lasts, a SIGINT or SIGTERM is noted in `number`, to be met at a good moment; a second acts at once."""
+
+    def __enter__(self):
+        self.number = None
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds "(default: ...)" to a flag's help, unless the help says in words what happens without the flag."""
 
@@ -36,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def run(main):
@@ -46,12 +73,14 @@ def run(main):
         main()
         sys.stdout.flush()
     except (UsageError, RunError) as error:
-        sys.exit(_say(f"{name}: error: {error}", error.status))
+        sys.exit(_say(f"{name}: error: {one_line(error)}", error.status))
+    except Stopped as stopped:
+        sys.exit(_say(f"{name}: {stopped}", stopped.status))
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        sys.exit(_say(f"{name}: error: {error}", 1))
+        sys.exit(_say(f"{name}: error: {one_line(error)}", 1))
     except KeyboardInterrupt:
         sys.exit(_say(f"\n{name}: stopped", 130))
 
@@ -59,6 +88,11 @@ def run(main):
 def _say(line, status):
     print(line, file=sys.stderr)
     return status
+
+
+def one_line(error):
+    """A message whole, whatever it quotes."""
+    return " ".join(str(error).splitlines())
 
 
 def first_line(error):

@@ -76,8 +76,12 @@ def has_bf16_matrices(device):
 class Trainer:
     """One run's moving parts: model, optimizer, schedule, augmentation, and the generator behind every random choice.
 
-    `step` is one update. `epoch` is one pass in random order, the last partial batch kept.
+    `step` is one update. `epoch` is one pass in random order, the last partial batch kept. `state_dict`, with the
+    weights, is all that another process needs to go on at the next step with the same bits.
     """
+
+    # Of the running epoch: its number from 0, the pictures' order (None between epochs), steps made, and their sums.
+    POSITION = "running", "order", "done", "loss", "correct"
 
     def __init__(self, model, dataset, recipe, runtime, normalize, seed):
         self.model, self.dataset, self.recipe, self.runtime = model, dataset, recipe, runtime
@@ -97,6 +101,9 @@ class Trainer:
         self.augment = Augmenter(recipe.augmentation, normalize, self.count, self.generator)
         self.optimizer = build_optimizer(recipe, model, triton=runtime.triton)
         self.graphs = StepGraphs(self.update, self.generator) if runtime.triton and runtime.device.type == "cuda" else None
+        self.running, self.order, self.done, self.loss, self.correct = 0, None, 0, 0, 0
+        # How many of the running epoch's steps had a finite loss and, parameter by parameter, gradient; kept on the device.
+        self.good = torch.zeros(1 + len(list(model.parameters())), dtype=torch.int64, device=runtime.device)
 
     def step(self, indices, epoch, lr, momentum):
         """Update on the training pictures at `indices` (B,): summed cross entropy and number correct, on the device.
@@ -115,6 +122,8 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         parameters = list(self.model.parameters())
+        largest = torch._foreach_norm([p.grad for p in parameters], math.inf)
+        self.good += torch.stack([loss.detach(), *largest]).isfinite()  # (1 + number of parameters,)
         if self.recipe.l1:  # the gradient of l1 * sum |w| is l1 * sign(w); its value is not part of the loss told
             torch._foreach_add_([p.grad for p in parameters], torch._foreach_sign(parameters), alpha=self.recipe.l1)
         self.optimizer.step()
@@ -132,19 +141,58 @@ class Trainer:
     def epoch(self, epoch, steps, after_step=lambda done: None):
         """Up to `steps` updates of one pass, epoch counted from 0: mean cross entropy and accuracy in percent.
 
-        Raises RunError where the mean is not finite. The host waits for the device once, at the end.
+        Goes on within the epoch where `load_state_dict` says so. Raises RunError for a loss, gradient or weight that is
+        not finite, on a CPU after the step that made it; elsewhere the host waits for the device once, at the end.
         """
-        batches = torch.randperm(self.count, generator=self.generator, device=self.runtime.device).split(self.recipe.batch_size)
-        loss = correct = seen = 0
-        for i, indices in enumerate(batches[:steps]):
-            lr, momentum = self.schedule(epoch * self.steps_per_epoch + i)
+        if self.order is None:
+            self.order = torch.randperm(self.count, generator=self.generator, device=self.runtime.device)
+            self.running, self.done, self.loss, self.correct = epoch, 0, 0, 0
+        self.good.fill_(self.done)
+        for indices in self.order.split(self.recipe.batch_size)[self.done : steps]:
+            lr, momentum = self.schedule(epoch * self.steps_per_epoch + self.done)
             batch_loss, batch_correct = self.step(indices, epoch, lr, momentum)
-            loss, correct, seen = loss + batch_loss, correct + batch_correct, seen + len(indices)
-            after_step(i + 1)
-        loss, accuracy = loss.item() / seen, 100 * correct.item() / seen
-        if not math.isfinite(loss):
-            raise RunError(f"the training loss of epoch {epoch + 1} is {loss}: the rate is too high, or the data is not finite")
-        return loss, accuracy
+            self.loss, self.correct, self.done = self.loss + batch_loss, self.correct + batch_correct, self.done + 1
+            if self.runtime.device.type == "cpu":
+                self.check_finite()
+            after_step(self.done)
+        self.check_finite()
+        self.order = None
+        seen = min(self.done * self.recipe.batch_size, self.count)
+        return self.loss.item() / seen, 100 * self.correct.item() / seen
+
+    def check_finite(self):
+        """Raise RunError that names the first step of the running epoch, and its tensor, that was not finite."""
+        good, (names, weights) = self.good.tolist(), zip(*self.model.named_parameters())
+        if min(good) < self.done:
+            made = min(good)
+            culprit = ["the loss", *(f"the gradient of {name}" for name in names)][good.index(made)]
+        else:
+            made = self.done - 1
+            finite = torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().tolist()
+            culprit = None if all(finite) else f"what it made of {names[finite.index(False)]}"
+        if culprit:
+            step = self.running * self.steps_per_epoch + made
+            place = f"step {step + 1}, in epoch {self.running + 1} at rate {self.schedule(step)[0]:.4g}"
+            raise RunError(f"{place}: {culprit} is not finite; the rate is too high, or the data is not finite")
+
+    def state_dict(self):
+        """Tensors and plain values; raises RunError, as `epoch` does, where they are no state to keep."""
+        if self.order is not None:
+            self.check_finite()
+        random = {"generator": self.generator.get_state(), "flipped_first": self.augment.flipped_first}
+        return {**{name: getattr(self, name) for name in self.POSITION}, **random, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        """Take up a `state_dict`, wherever its tensors are."""
+
+        def here(value):
+            return value.to(self.runtime.device) if torch.is_tensor(value) else value
+
+        for name in self.POSITION:
+            setattr(self, name, here(state[name]))
+        self.augment.flipped_first = here(state["flipped_first"])
+        self.generator.set_state(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class StepGraphs:

@@ -23,9 +23,17 @@ def replacing(path):
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; these are as public as any other
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the content before the name, should the machine fail
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder):
+    """Remove what processes killed within `replacing` left in a folder that nobody writes to."""
+    for left in Path(folder).glob(".*-????????.*"):
+        left.unlink(missing_ok=True)
 
 
 def write_csv(path, rows):

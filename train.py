@@ -3,18 +3,24 @@
     python train.py                                     # CIFAR-10, recipe default, the fastest device there is
     python train.py --recipe original --data FOLDER     # the run to reproduce, on a folder of pictures
     python train.py --runs 5 --seed 1                   # five seeds, then mean and standard deviation
+    python train.py --resume runs/RUN                   # go on with a run that was stopped, to the same bits
 
 Every run writes best.pt, last.pt, history.csv, config.json and curves.png to a folder of its own under runs/;
-best.pt beside runs/ is always the newest run's best.
+best.pt beside runs/ is always the newest run's best. last.pt, from which a run goes on, is written at the start, after
+every epoch, every --save-every steps, and on SIGINT and SIGTERM, which end the run after the step that it is in.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,11 +30,14 @@ import torch
 import checkpoint
 import data
 import plots
-from augment import Normalize
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run, seed_int
+from augment import Augmentation, Normalize
+from cli import (
+    Parser, Progress, RunError, Stop, Stopped, UsageError, add_data_arguments, add_device_arguments, first_line,
+    output_folder, positive_float, positive_int, run, seed_int,
+)  # fmt: skip
 from engine import Runtime, Trainer, predict, score
-from files import replacing, write_csv
-from recipe import RECIPES, build_model
+from files import replacing, sweep, write_csv
+from recipe import RECIPES, Recipe, build_model
 
 ROW = "{:>5} {:>10} {:>8} {:>10} {:>9} {:>9} {:>8} {:>7}"
 HEADER = ROW.format("epoch", "lr", "momentum", "train loss", "acc %", "test loss", "acc %", "seconds")
@@ -40,6 +49,7 @@ def of_recipes(field):
 
 
 def parse():
+    """The arguments, and those of them that a flag has set; the others are None there."""
     parser = Parser(description="Train the channel-token ViT; ends with an evaluated best.pt.")
     parser.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="the settings to start from; flags below override them")
     parser.add_argument("--epochs", type=positive_int, help=f"passes over the training pictures {of_recipes('epochs')}")
@@ -50,12 +60,17 @@ def parse():
     parser.add_argument("--seed", type=seed_int, default=1, help="of the weights, the order of pictures and the augmentation")
     parser.add_argument("--runs", type=positive_int, default=1, help="train this many seeds, counting up from --seed")
     parser.add_argument("--max-steps", type=positive_int, help="end after this many steps, the schedule left as it is (default: none)")
+    parser.add_argument("--save-every", type=positive_int, metavar="STEPS", help="also write last.pt within an epoch (default: only after every epoch)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, a folder or its last.pt; its settings are the run's (default: begin a run)")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where runs/ and best.pt go")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    return arguments, vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(arguments)))))
 
 
 def main():
-    arguments = parse()
+    arguments, given = parse()
+    if arguments.resume:
+        return resume(arguments.resume, given)
     overrides = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "max_lr") if getattr(arguments, name)}
     recipe = dataclasses.replace(RECIPES[arguments.recipe], **overrides)
     runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
@@ -69,70 +84,158 @@ def main():
         "recipe": arguments.recipe,
         "settings": dataclasses.asdict(recipe),
         "data": dataset.source,
+        "data_dir": arguments.data_dir,
         "dataset": dataset.name,
         "device": runtime.describe(),
         "precision": runtime.precision,
         "kernels": arguments.kernels,
         "max_steps": arguments.max_steps,
+        "save_every": arguments.save_every,
         "versions": versions(),
         "git_commit": git_commit(),
     }
     print_header(config, dataset, recipe)
     histories = []
     for seed in range(arguments.seed, arguments.seed + arguments.runs):
-        histories.append(train(recipe, dataset, runtime, {**config, "seed": seed}, arguments.out))
+        folder = new_folder(arguments.out / "runs", f"{arguments.recipe}-{dataset.name}-seed{seed}")
+        histories.append(train(recipe, dataset, runtime, {**config, "seed": seed}, folder))
     if arguments.runs > 1:
         print(summary(histories, dataset.name))
 
 
-def train(recipe, dataset, runtime, config, out):
-    """One run with config["seed"]: trains, evaluates after every epoch, writes the run's files. Returns its history."""
-    seed, max_steps = config["seed"], config["max_steps"] or float("inf")
-    folder = new_folder(out / "runs", f"{config['recipe']}-{dataset.name}-seed{seed}")
-    print(f"\nseed {seed}, {dataset.name}, {folder}\n{HEADER}", flush=True)
-    write_json(folder / "config.json", config)
-    model = build_model(recipe, dataset.num_classes, seed, runtime.device)
-    normalize = Normalize(dataset.mean, dataset.std, runtime.device)
-    trainer = Trainer(model, dataset, recipe, runtime, normalize, seed)
-    history, best = [], 0.0
-    for epoch in range(recipe.epochs):
-        done = epoch * trainer.steps_per_epoch
-        if done >= max_steps:
-            break
-        steps = min(trainer.steps_per_epoch, max_steps - done)
-        started = time.perf_counter()
-        lr, momentum = trainer.schedule(done)
-        progress = Progress(f"epoch {epoch + 1}/{recipe.epochs}", steps)
-        train_loss, train_accuracy = trainer.epoch(epoch, steps, progress.update)
-        test_loss, test_accuracy = score(predict(runtime, model, normalize, dataset.test_images), dataset.test_labels)
-        seconds = time.perf_counter() - started
-        progress.clear()
-        history.append(
-            {
-                "epoch": epoch + 1, "lr": lr, "momentum": momentum, "train_loss": train_loss, "train_accuracy": train_accuracy,
-                "test_loss": test_loss, "test_accuracy": test_accuracy, "seconds": seconds,
-            }
-        )  # fmt: skip
-        print(
-            ROW.format(
-                epoch + 1, f"{lr:.6f}", f"{momentum:.4f}", f"{train_loss:.4f}", f"{train_accuracy:.2f}",
-                f"{test_loss:.4f}", f"{test_accuracy:.2f}", f"{seconds:.2f}",
-            )
-        )  # fmt: skip
-        checkpoint.save(folder / "last.pt", model, dataset, config, epoch + 1, test_accuracy)
-        if test_accuracy > best or epoch == 0:
-            print(f"      accuracy improved from {best:.2f} to {test_accuracy:.2f}, saving best.pt")
-            best = test_accuracy
-            for place in (folder, out):
-                with replacing(place / "best.pt") as temporary:
-                    shutil.copyfile(folder / "last.pt", temporary)
-        write_csv(folder / "history.csv", history)
-        print(end="", flush=True)
-    title = f"{dataset.name}, recipe {config['recipe']}, seed {seed}"
-    plots.save(plots.curves(history, trainer.schedule, trainer.steps_per_epoch, title), folder / "curves.png")
+def resume(place, given):
+    """Go on with the run at `place`, a folder or its last.pt; raises UsageError for a file that does not let it and for flags that differ."""
+    path = place / "last.pt" if place.is_dir() else place
+    _, content = checkpoint.load(path, "cpu")
+    if "progress" not in content:
+        raise UsageError(f"{path} holds a network and not the state of its run; that is in last.pt")
+    config = content["config"]
+    with understood(path):
+        settings = config["settings"]
+        recipe = Recipe(**{**settings, "augmentation": Augmentation(**settings["augmentation"])})
+        device = config["device"].split()[0]
+        refuse_others(given, {**settings, **config, "device": device, "out": path.resolve().parent.parent, "runs": 1}, path.parent)
+        config = {**config, **{name: given[name] for name in ("data_dir", "save_every") if given[name]}}
+        runtime = Runtime(device, config["precision"], config["kernels"])
+        dataset = data.load(config["data"], config["data_dir"], runtime.device)
+        if [list(dataset.class_names), list(dataset.mean), list(dataset.std)] != [content[name] for name in ("class_names", "mean", "std")]:
+            raise UsageError(f"{path} was trained on other pictures than {dataset.source} now holds")
+        began, now = {name: config[name] for name in ("versions", "git_commit")}, {"versions": versions(), "git_commit": git_commit()}
+        print_header(config, dataset, recipe)
+    if began != now:
+        print(f"warning: the run began with {began} and goes on with {now}, so it may end with other bits", file=sys.stderr)
+    train(recipe, dataset, runtime, config, path.parent, content)
+
+
+@contextlib.contextmanager
+def understood(path):
+    """Raise what the configuration or the state in a last.pt makes impossible as a UsageError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UsageError(f"{path} has a configuration or a state that this code does not know ({type(error).__name__}: {first_line(error)})") from None
+
+
+def refuse_others(given, began, folder):
+    """Raise UsageError for a flag that differs from what the run began with, names and values as in `parse`."""
+    for name, value in given.items():
+        if name == "data" and value and Path(value).is_dir():
+            value = str(Path(value).resolve())
+        if name == "out" and value:
+            value = value.resolve()
+        if name not in ("resume", "data_dir", "save_every") and value not in (None, "auto", began[name]):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {began[name]}, and goes on with that")
+
+
+def train(recipe, dataset, runtime, config, folder, content=None):
+    """One run with config["seed"], from its start or from a last.pt's content, to its end; returns its history.
+
+    Trains, evaluates after every epoch, and writes the run's files: last.pt after all others that go with it, so that
+    what a kill leaves undone is done again.
+    """
+    history, best, spent = [], 0.0, 0.0
+    with understood(folder / "last.pt") if content else contextlib.nullcontext():
+        seed, max_steps, save_every = config["seed"], config["max_steps"] or math.inf, config["save_every"] or math.inf
+        model = build_model(recipe, dataset.num_classes, seed, runtime.device)
+        normalize = Normalize(dataset.mean, dataset.std, runtime.device)
+        trainer = Trainer(model, dataset, recipe, runtime, normalize, seed)
+        total = min(trainer.schedule.total_steps, max_steps)
+        if content:
+            model.load_state_dict(content["model"])
+            trainer.load_state_dict(content["progress"]["trainer"])
+            history, spent = list(content["progress"]["history"]), content["progress"]["seconds"]
+            best = max((row["test_accuracy"] for row in history), default=0.0)
+            sweep(folder)
+        step = len(history) * trainer.steps_per_epoch + (0 if trainer.order is None else trainer.done)
+
+    def save():
+        """Keep all that is needed to go on from here."""
+        between = trainer.order is None  # epochs
+        progress = {"trainer": trainer.state_dict(), "history": history, "seconds": 0.0 if between else time.perf_counter() - started}
+        accuracy = history[-1]["test_accuracy"] if between and history else None
+        checkpoint.save(folder / "last.pt", model, dataset, config, len(history), accuracy, progress)
+
+    def after_step(made):
+        bar.update(made)
+        step = done + made
+        if stop.number or step % save_every == 0:
+            save()
+        if stop.number:
+            bar.clear()
+            raise Stopped(stop.number, f"step {step} of {total} is saved, go on with: python train.py --resume {folder}")
+
+    if step >= total and trainer.order is None:
+        print(f"\n{folder} is finished: nothing is left to do")
+    else:
+        print(f"\nseed {seed}, {dataset.name}, {folder}" + f", on from step {step} of {total}" * bool(content) + f"\n{HEADER}", flush=True)
+    with Stop() as stop:
+        if not content:
+            write_json(folder / "config.json", config)
+            save()
+        for epoch in range(len(history), recipe.epochs):
+            done = epoch * trainer.steps_per_epoch
+            if done >= max_steps:
+                break
+            steps = min(trainer.steps_per_epoch, max_steps - done)
+            started, spent = time.perf_counter() - spent, 0.0
+            lr, momentum = trainer.schedule(done)
+            bar = Progress(f"epoch {epoch + 1}/{recipe.epochs}", steps)
+            try:
+                train_loss, train_accuracy = trainer.epoch(epoch, steps, after_step)
+            except RunError as error:
+                raise RunError(f"{error}; {folder / 'last.pt'} is the last good state") from None
+            test_loss, test_accuracy = score(predict(runtime, model, normalize, dataset.test_images), dataset.test_labels)
+            seconds = time.perf_counter() - started
+            bar.clear()
+            history.append(
+                {
+                    "epoch": epoch + 1, "lr": lr, "momentum": momentum, "train_loss": train_loss, "train_accuracy": train_accuracy,
+                    "test_loss": test_loss, "test_accuracy": test_accuracy, "seconds": seconds,
+                }
+            )  # fmt: skip
+            print(
+                ROW.format(
+                    epoch + 1, f"{lr:.6f}", f"{momentum:.4f}", f"{train_loss:.4f}", f"{train_accuracy:.2f}",
+                    f"{test_loss:.4f}", f"{test_accuracy:.2f}", f"{seconds:.2f}",
+                )
+            )  # fmt: skip
+            if test_accuracy > best or epoch == 0:
+                print(f"      accuracy improved from {best:.2f} to {test_accuracy:.2f}, saving best.pt")
+                best = test_accuracy
+                checkpoint.save(folder / "best.pt", model, dataset, config, epoch + 1, best)
+                with replacing(folder.resolve().parent.parent / "best.pt") as temporary:
+                    shutil.copyfile(folder / "best.pt", temporary)
+            write_csv(folder / "history.csv", history)
+            if done + steps == total:
+                title = f"{dataset.name}, recipe {config['recipe']}, seed {seed}"
+                plots.save(plots.curves(history, trainer.schedule, trainer.steps_per_epoch, title), folder / "curves.png")
+            save()
+            print(end="", flush=True)
     top = max(history, key=lambda row: row["test_accuracy"])
     print(f"last epoch: {history[-1]['test_accuracy']:.2f} % on the test pictures of {dataset.name} (epoch {history[-1]['epoch']})")
     print(f"best epoch: {top['test_accuracy']:.2f} % (epoch {top['epoch']}; picked by its test accuracy, so a little flattered)", flush=True)
+    if stop.number:
+        raise Stopped(stop.number, f"{folder} is finished")
     return history
 
 

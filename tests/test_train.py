@@ -143,14 +143,6 @@ def test_default_recipe_learns(small):
     assert last < first / 2 and accuracy > 60
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(small):
-    trainer, _ = make_trainer(small, small_recipe())
-    with torch.no_grad():
-        trainer.model.cls_token.fill_(float("nan"))
-    with pytest.raises(RunError, match="training loss of epoch 1 is nan"):
-        trainer.epoch(0, 3)
-
-
 def test_original_recipe_is_to_the_letter():
     assert RECIPES["original"] == Recipe(
         epochs=24, batch_size=512, max_lr=0.03, pct_start=5 / 24, div_factor=10, final_div_factor=10, anneal="linear",
