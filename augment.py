@@ -40,6 +40,10 @@ class Draws:
     corners: torch.Tensor | None = None  # (B, 2), int64, rows and columns
     cut: torch.Tensor | None = None  # (B,), bool
 
+    def of(self, part):
+        """The draws of the pictures in a slice of the batch."""
+        return Draws(**{name: None if drawn is None else drawn[part] for name, drawn in vars(self).items()})
+
 
 def take_pixels(images, index):
     """The pixels of each picture at `index`, row * S + column, int64 (B, S, S): (B, C, S, S) -> (B, C, S, S)."""

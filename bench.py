@@ -3,9 +3,19 @@
     python bench.py                          # on a GPU: kernels, steps and whole runs; else every way of training on the CPU
     python bench.py --csv results/bench.csv
     python bench.py --resources              # registers, shared memory and instructions of every kernel; no GPU needed
+    python bench.py --scaling                # the same step on one and on two ranks of this CPU
 
 On a CPU each way runs in a process of its own, round after round in turn, so that what else the machine does falls on all
 of them alike. A step is everything: taking the pictures, augmentation, forward, loss, backward, optimizer.
+
+What to expect on 8 GPUs and on 2 nodes is reasoned here and was not measured. A step talks once: 74,346 gradients, the loss
+and the number of correct pictures, 74,348 fp32 numbers or 297 KB. A ring of N sends each GPU's 2 (N - 1) / N of that, 520 KB
+among 8 and 558 KB among 16: at 300 GB/s within a node 2 us, at 50 GB/s between nodes 11 us. So bytes hardly count; what
+counts is the 2 (N - 1) = 14 or 30 hops one after another, each some microseconds within a node and more between nodes, and
+five more kernels (scale, concatenate, reduce, copy back, and one to count what is finite), all within the step's one graph
+launch. That price of tens of microseconds is paid whatever the batch. With 512 pictures a step, 8 GPUs get 64 each, too few
+to fill one, and expect little; with 512 a GPU the step is worth its price, and expect nearly 8 times and, over a fast
+network, nearly 16 times the pictures a second, of batches 8 and 16 times as large, which want a recipe of their own.
 """
 
 import datetime
@@ -78,19 +88,26 @@ class PerPicture(torch.utils.data.Dataset):
 
 
 def time_way(name, steps):
-    """Milliseconds of the first step and of each timed one, this way, in this process."""
+    """Milliseconds of the first step, of each timed one and of an all-reduce, this way, in this process, a rank or alone."""
     kernels_name, precision = WAYS[name]
-    runtime = Runtime("cpu", precision, kernels_name)
+    runtime = Runtime("cpu", precision, kernels_name, torchrun=True)
     dataset = data.load_shapes(train=(WARM_UP + steps) * BATCH, test=10)
     normalize = Normalize(dataset.mean, dataset.std, "cpu")
     recipe = RECIPES["original"]
     trainer = Trainer(build_model(recipe, 10, 1, "cpu"), dataset, recipe, runtime, normalize, 1)
     update = per_picture_updates(trainer, normalize) if name == PER_PICTURE else batched_updates(trainer)
+    talk = torch.zeros(sum(p.numel() for p in trainer.model.parameters()) + 2)
+    times = milliseconds(update)
+    return {"first": times[0], "steps": times[WARM_UP:], "all_reduce": statistics.median(milliseconds(runtime.ranks.add_up(talk) for _ in range(50)))}
+
+
+def milliseconds(work):
+    """How long each item of an iterable lets wait."""
     times, started = [], time.perf_counter()
-    for _ in update:
+    for _ in work:
         times.append(1e3 * (time.perf_counter() - started))
         started = time.perf_counter()
-    return {"first": times[0], "steps": times[WARM_UP:]}
+    return times
 
 
 def batched_updates(trainer):
@@ -114,35 +131,42 @@ def per_picture_updates(trainer, normalize):
         yield
 
 
-def measure(rounds, steps):
-    """Name -> median milliseconds of a step in each round, and of the first step ever, each in a fresh process."""
-    results = {name: {"rounds": [], "first": []} for name in WAYS}
-    progress = Progress("measuring", rounds * len(WAYS))
+def measure(commands, rounds, **environment):
+    """Name -> what `time_way` told of each round, in turn, each in a fresh process; `commands` are by name."""
+    results = {name: [] for name in commands}
+    progress = Progress("measuring", rounds * len(commands))
     for i in range(rounds):
-        for j, name in enumerate(WAYS):
-            command = [sys.executable, __file__, "--way", name, "--steps", str(steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
+        for j, (name, command) in enumerate(commands.items()):
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
             if done.returncode:
-                raise RunError(f"{name}: {(done.stderr.splitlines() or ['it failed without a word'])[-1]}")
-            told = json.loads(done.stdout)
-            results[name]["rounds"].append(statistics.median(told["steps"]))
-            results[name]["first"].append(told["first"])
-            progress.update(i * len(WAYS) + j + 1, name)
+                words = [line for line in done.stderr.splitlines() if line.strip("= ")]
+                raise RunError(f"{name}: {(words or ['it failed without a word'])[-1]}")
+            results[name].append(json.loads(done.stdout))
+            progress.update(i * len(commands) + j + 1, name)
     progress.clear()
     return results
+
+
+def median_steps(told):
+    """Of each round, the median step's milliseconds."""
+    return [statistics.median(each["steps"]) for each in told]
+
+
+def ratios(others, ours):
+    """Median and range, as text, of how many times as long the others took, round by round."""
+    times = [theirs / our for theirs, our in zip(others, ours)]
+    return f"{statistics.median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}"
 
 
 def report(results, machine):
     """Rows of the table: each way's step, pictures a second and speed against the two old ways, pair by pair."""
     rows = []
-    for name, result in results.items():
-        step = statistics.median(result["rounds"])
-        row = {"way": name, "ms_per_step": f"{step:.1f}", "pictures_per_second": f"{BATCH * 1e3 / step:.0f}"}
+    for name, told in results.items():
+        steps = median_steps(told)
+        row = {"way": name, "ms_per_step": f"{statistics.median(steps):.1f}", "pictures_per_second": f"{BATCH * 1e3 / statistics.median(steps):.0f}"}
         for key, other in (("times_plain", PLAIN), ("times_per_picture", PER_PICTURE)):
-            ratios = [theirs / ours for theirs, ours in zip(results[other]["rounds"], result["rounds"])]
-            row[key] = f"{statistics.median(ratios):.2f}"
-            row[key + "_range"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        row["first_step_ms"] = f"{statistics.median(result['first']):.0f}"
+            row[key], row[key + "_range"] = ratios(median_steps(results[other]), steps)
+        row["first_step_ms"] = f"{statistics.median(each['first'] for each in told):.0f}"
         rows.append({**row, **machine})
     return rows
 
@@ -164,15 +188,36 @@ def resources():
     return resources.rows(), resources.COLUMNS
 
 
-def on_cpu(rounds, steps):
-    """Rows of every way of training on this machine's CPU."""
-    machine = {
+def machine(rounds, steps):
+    """Where and how often the CPU was measured, printed and returned."""
+    told = {
         "cpu": cpu_name(), "cores": os.cpu_count(), "torch": str(torch.__version__),
         "date": datetime.date.today().isoformat(), "rounds": rounds, "steps": steps,
     }  # fmt: skip
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(", ".join(f"{key} {value}" for key, value in told.items()))
+    return told
+
+
+def on_cpu(rounds, steps):
+    """Rows of every way of training on this machine's CPU."""
+    commands = {name: [sys.executable, __file__, "--way", name, "--steps", str(steps)] for name in WAYS}
     columns = ("way", "ms_per_step", "pictures_per_second", "times_plain", "times_plain_range", "times_per_picture", "first_step_ms")
-    return report(measure(rounds, steps), machine), columns
+    where = machine(rounds, steps)
+    return report(measure(commands, rounds), where), columns
+
+
+def scaling(rounds, steps):
+    """Rows of our way of training on one and on two ranks of this CPU, a thread each: 512 pictures a step, over all ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    commands = {ranks: [*torchrun, str(ranks), __file__, "--way", OURS, "--steps", str(steps)] for ranks in (1, 2)}
+    where = machine(rounds, steps)
+    results, rows = measure(commands, rounds, OMP_NUM_THREADS="1"), []
+    for ranks, told in results.items():
+        row = {"ranks": ranks, "ms_per_step": f"{statistics.median(median_steps(told)):.1f}"}
+        row["times_one_rank"], row["times_one_rank_range"] = ratios(median_steps(results[1]), median_steps(told))
+        row["all_reduce_ms"] = f"{statistics.median(each['all_reduce'] for each in told):.2f}" if ranks > 1 else ""
+        rows.append({**row, **where})
+    return rows, ("ranks", "ms_per_step", "times_one_rank", "times_one_rank_range", "all_reduce_ms")
 
 
 def main():
@@ -181,6 +226,7 @@ def main():
     parser.add_argument("--steps", type=positive_int, default=15, help="on a CPU: timed steps a round; the median counts")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there (default: nowhere)")
     parser.add_argument("--resources", action="store_true", help="instead, compile every kernel for three GPUs and tell what it takes of them")
+    parser.add_argument("--scaling", action="store_true", help="instead, measure our way on one and on two ranks of this CPU, a thread each")
     parser.add_argument("--way", choices=list(WAYS), help="measure this one way once, on the CPU in this process, and print JSON (default: all)")
     add_data_arguments(parser, default="shapes")
     arguments = parser.parse_args()
@@ -188,6 +234,8 @@ def main():
         return print(json.dumps(time_way(arguments.way, arguments.steps)))
     if arguments.resources:
         rows, columns = resources()
+    elif arguments.scaling:
+        rows, columns = scaling(arguments.rounds, arguments.steps)
     elif torch.cuda.is_available():
         device = torch.device("cuda")
         rows, columns = bench_gpu.measure(data.load(arguments.data, arguments.data_dir, device), device), bench_gpu.COLUMNS

@@ -1,15 +1,18 @@
 """The training step, the evaluation pass and the choice of pictures to show, which the scripts share."""
 
 import math
+import os
 import platform
 import sys
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import kernels
 from augment import Augmenter, Normalize
 from cli import RunError, UsageError, first_line
+from ranks import Ranks
 from recipe import RECIPES, build_model, build_optimizer
 from schedule import OneCycle
 
@@ -20,16 +23,20 @@ class Runtime:
     """Where and how the model runs: a device, a dtype for activations and a spelling of the forward pass.
 
     `device` is auto, cpu, cuda or mps; `precision` auto, fp32 or bf16; `kernels_name` auto, triton or
-    torch. Raises UsageError for a device that is not there, and for triton where it does not run.
+    torch. With `torchrun`, a process that torchrun started joins the others. Raises UsageError for a device that is not
+    there, and for triton where it does not run.
     """
 
-    def __init__(self, device="auto", precision="auto", kernels_name="auto"):
+    def __init__(self, device="auto", precision="auto", kernels_name="auto", torchrun=False):
         present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if device == "auto":
             device = next(name for name, there in present.items() if there)
         if not present[device]:
             raise UsageError(f"--device {device}: this machine, or this build of torch, has none")
         self.device = torch.device(device)
+        if torchrun and device == "cuda":
+            torch.cuda.set_device(own_gpu())
+        self.ranks = Ranks(self.device if torchrun else None)
         if precision == "auto":
             precision = "bf16" if has_bf16_matrices(self.device) else "fp32"
         self.precision = precision
@@ -60,7 +67,16 @@ class Runtime:
             name = torch.cuda.get_device_name(self.device)
         else:
             name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        return f"{self.device.type} ({name}), {self.precision}, {self.forward.__module__}.{self.forward.__name__}"
+        ranks = f", {self.ranks.world} ranks" if self.ranks.world > 1 else ""
+        return f"{self.device.type} ({name}), {self.precision}, {self.forward.__module__}.{self.forward.__name__}{ranks}"
+
+
+def own_gpu():
+    """The number of the GPU that is this process's own; torchrun tells its processes apart."""
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise UsageError(f"torchrun started {number + 1} or more processes here, and this machine has {count} GPUs")
+    return number
 
 
 def has_bf16_matrices(device):
@@ -114,29 +130,34 @@ class Trainer:
         return self.graphs(indices, epoch) if self.graphs else self.update(indices, epoch)
 
     def update(self, indices, epoch):
-        """A step's work on the device; `epoch` is a number or, in a graph, a tensor ()."""
-        images = self.augmented(indices, epoch)
-        labels = self.dataset.train_labels[indices]
+        """A step's work on the device, on this rank's part of it; `epoch` is a number or, in a graph, a tensor ()."""
+        first, last = self.runtime.ranks.bounds(len(indices))
+        part = slice(first, max(last, first + 1))  # a rank without a picture takes one that does not count
+        draws = self.augment.draw(indices, epoch, self.dataset.train_images.shape[-1])  # for all ranks, on each the same
+        own = indices[part]
+        images, labels = self.augmented(own, draws.of(part)), self.dataset.train_labels[own]
         logits = self.runtime.logits(self.model, images)
         loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
         parameters = list(self.model.parameters())
-        largest = torch._foreach_norm([p.grad for p in parameters], math.inf)
-        self.good += torch.stack([loss.detach(), *largest]).isfinite()  # (1 + number of parameters,)
+        gradients = [p.grad for p in parameters]
+        loss, correct = loss.detach() * (last - first), (logits.detach().argmax(1) == labels)[: last - first].sum()
+        loss, correct = self.runtime.ranks.add_up_step(gradients, loss, correct, (last - first) / len(indices))
+        self.good += torch.stack([loss, *torch._foreach_norm(gradients, math.inf)]).isfinite()  # (1 + number of parameters,)
         if self.recipe.l1:  # the gradient of l1 * sum |w| is l1 * sign(w); its value is not part of the loss told
-            torch._foreach_add_([p.grad for p in parameters], torch._foreach_sign(parameters), alpha=self.recipe.l1)
+            torch._foreach_add_(gradients, torch._foreach_sign(parameters), alpha=self.recipe.l1)
         self.optimizer.step()
-        return loss.detach() * len(indices), (logits.detach().argmax(1) == labels).sum()
+        return loss, correct
 
-    def augmented(self, indices, epoch):
-        """The training pictures at `indices` (B,), augmented and normalised: (B, 3, S, S)."""
+    def augmented(self, indices, draws):
+        """The training pictures at `indices` (b,), with what was drawn for them: (b, 3, S, S), normalised."""
         pictures = self.dataset.train_images
         if self.runtime.triton:
             from kernels.augment import augment  # Triton is not on every platform
 
-            return augment(self.augment, pictures, indices, self.augment.draw(indices, epoch, pictures.shape[-1]), self.runtime.dtype)
-        return self.augment(pictures.index_select(0, indices), indices, epoch)
+            return augment(self.augment, pictures, indices, draws, self.runtime.dtype)
+        return self.augment.apply(pictures.index_select(0, indices), draws)
 
     def epoch(self, epoch, steps, after_step=lambda done: None):
         """Up to `steps` updates of one pass, epoch counted from 0: mean cross entropy and accuracy in percent.
@@ -232,23 +253,30 @@ class StepGraphs:
         graph.register_generator_state(self.generator)  # each replay draws on where the last one ended
         inputs = indices.clone(), torch.zeros((), dtype=torch.int64, device=indices.device)
         torch.cuda.synchronize(indices.device)
-        with torch.cuda.graph(graph):
+        # With several ranks, a thread of NCCL's asks the driver questions all the while, which "global" takes for a mistake.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local" if dist.is_available() and dist.is_initialized() else "global"):
             results = self.update(*inputs)
         return graph, inputs, results
 
 
 @torch.no_grad()
 def predict(runtime, model, normalize, images, tta=False):
-    """float32 logits (N, num_classes) of uint8 pictures (N, 3, S, S); `tta` averages them with the mirrored pictures'."""
-    was_training = model.training
+    """float32 logits (N, num_classes) of uint8 pictures (N, 3, S, S); `tta` averages them with the mirrored pictures'.
+
+    Ranks take batches in turn, the same batches that one process takes, and every rank gets all logits.
+    """
+    was_training, ranks = model.training, runtime.ranks
     model.eval()
     parts = []
-    for batch in images.split(EVALUATION_BATCH):
+    for i, batch in enumerate(images.split(EVALUATION_BATCH)):
+        if i % ranks.world != ranks.rank:
+            parts.append(torch.zeros(len(batch), model.sizes["num_classes"], device=images.device))
+            continue
         batch = normalize(batch)
         logits = runtime.logits(model, batch)
         parts.append((logits + runtime.logits(model, batch.flip(3))) / 2 if tta else logits)
     model.train(was_training)
-    return torch.cat(parts)
+    return ranks.add_up(torch.cat(parts))  # to a logit the other ranks add zeros
 
 
 def score(logits, labels):

@@ -4,6 +4,7 @@
     python train.py --recipe original --data FOLDER     # the run to reproduce, on a folder of pictures
     python train.py --runs 5 --seed 1                   # five seeds, then mean and standard deviation
     python train.py --resume runs/RUN                   # go on with a run that was stopped, to the same bits
+    torchrun --nproc-per-node=8 train.py                # one run on eight GPUs; ranks.py says how
 
 Every run writes best.pt, last.pt, history.csv, config.json and curves.png to a folder of its own under runs/;
 best.pt beside runs/ is always the newest run's best. last.pt, from which a run goes on, is written at the start, after
@@ -30,6 +31,7 @@ import torch
 import checkpoint
 import data
 import plots
+import ranks
 from augment import Augmentation, Normalize
 from cli import (
     Parser, Progress, RunError, Stop, Stopped, UsageError, add_data_arguments, add_device_arguments, first_line,
@@ -73,9 +75,10 @@ def main():
         return resume(arguments.resume, given)
     overrides = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "max_lr") if getattr(arguments, name)}
     recipe = dataclasses.replace(RECIPES[arguments.recipe], **overrides)
-    runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
+    runtime = Runtime(arguments.device, arguments.precision, arguments.kernels, torchrun=True)
     output_folder(arguments.out / "runs")
-    dataset = data.load(arguments.data, arguments.data_dir, runtime.device)
+    with runtime.ranks.in_turn():
+        dataset = data.load(arguments.data, arguments.data_dir, runtime.device)
     count = len(dataset.train_images)
     if recipe.batch_size > count:
         raise UsageError(f"--batch-size {recipe.batch_size} is larger than the {count} training pictures of {dataset.name}")
@@ -91,21 +94,34 @@ def main():
         "kernels": arguments.kernels,
         "max_steps": arguments.max_steps,
         "save_every": arguments.save_every,
+        "job": ranks.job()[0],
         "versions": versions(),
         "git_commit": git_commit(),
     }
     print_header(config, dataset, recipe)
     histories = []
     for seed in range(arguments.seed, arguments.seed + arguments.runs):
-        folder = new_folder(arguments.out / "runs", f"{arguments.recipe}-{dataset.name}-seed{seed}")
-        histories.append(train(recipe, dataset, runtime, {**config, "seed": seed}, folder))
+        name = f"{arguments.recipe}-{dataset.name}-seed{seed}"
+        folder, begun = runtime.ranks.share(run_folder(arguments.out / "runs", name, seed) if runtime.ranks.rank == 0 else None)
+        content = checkpoint.load(folder / "last.pt", "cpu")[1] if begun else None
+        histories.append(train(recipe, dataset, runtime, {**config, "seed": seed}, folder, content))
     if arguments.runs > 1:
         print(summary(histories, dataset.name))
 
 
-def resume(place, given):
-    """Go on with the run at `place`, a folder or its last.pt; raises UsageError for a file that does not let it and for flags that differ."""
-    path = place / "last.pt" if place.is_dir() else place
+def run_folder(runs, name, seed):
+    """A run's folder, and whether it was begun: a new one, unless torchrun has restarted the job that began it."""
+    job, restarted = ranks.job()
+    for last in sorted(runs.glob("*/last.pt"), reverse=True) if restarted else ():
+        config = json.loads(last.with_name("config.json").read_text())
+        if (config.get("job"), config.get("seed")) == (job, seed):
+            return last.parent, True
+    return new_folder(runs, name), False
+
+
+def resume(kept, given):
+    """Go on with the run kept in `kept`, a folder or its last.pt; raises UsageError for a file that does not let it and for flags that differ."""
+    path = kept / "last.pt" if kept.is_dir() else kept
     _, content = checkpoint.load(path, "cpu")
     if "progress" not in content:
         raise UsageError(f"{path} holds a network and not the state of its run; that is in last.pt")
@@ -116,14 +132,16 @@ def resume(place, given):
         device = config["device"].split()[0]
         refuse_others(given, {**settings, **config, "device": device, "out": path.resolve().parent.parent, "runs": 1}, path.parent)
         config = {**config, **{name: given[name] for name in ("data_dir", "save_every") if given[name]}}
-        runtime = Runtime(device, config["precision"], config["kernels"])
-        dataset = data.load(config["data"], config["data_dir"], runtime.device)
+        runtime = Runtime(device, config["precision"], config["kernels"], torchrun=True)
+        with runtime.ranks.in_turn():
+            dataset = data.load(config["data"], config["data_dir"], runtime.device)
         if [list(dataset.class_names), list(dataset.mean), list(dataset.std)] != [content[name] for name in ("class_names", "mean", "std")]:
             raise UsageError(f"{path} was trained on other pictures than {dataset.source} now holds")
-        began, now = {name: config[name] for name in ("versions", "git_commit")}, {"versions": versions(), "git_commit": git_commit()}
+        now = {"versions": versions(), "git_commit": git_commit(), "device": runtime.describe()}
+        others = [f"{name} was {config[name]} and is {value}" for name, value in now.items() if config[name] != value]
         print_header(config, dataset, recipe)
-    if began != now:
-        print(f"warning: the run began with {began} and goes on with {now}, so it may end with other bits", file=sys.stderr)
+    if others and runtime.ranks.rank == 0:
+        print(f"warning: the run may end with other bits: {'; '.join(others)}", file=sys.stderr)
     train(recipe, dataset, runtime, config, path.parent, content)
 
 
@@ -153,6 +171,7 @@ def train(recipe, dataset, runtime, config, folder, content=None):
     Trains, evaluates after every epoch, and writes the run's files: last.pt after all others that go with it, so that
     what a kill leaves undone is done again.
     """
+    writes, command = runtime.ranks.rank == 0, f"{runtime.ranks.launcher()} train.py --resume {folder}"
     history, best, spent = [], 0.0, 0.0
     with understood(folder / "last.pt") if content else contextlib.nullcontext():
         seed, max_steps, save_every = config["seed"], config["max_steps"] or math.inf, config["save_every"] or math.inf
@@ -165,11 +184,10 @@ def train(recipe, dataset, runtime, config, folder, content=None):
             trainer.load_state_dict(content["progress"]["trainer"])
             history, spent = list(content["progress"]["history"]), content["progress"]["seconds"]
             best = max((row["test_accuracy"] for row in history), default=0.0)
-            sweep(folder)
         step = len(history) * trainer.steps_per_epoch + (0 if trainer.order is None else trainer.done)
 
     def save():
-        """Keep all that is needed to go on from here."""
+        """Keep all that is needed to go on from here; one rank has what every other has."""
         between = trainer.order is None  # epochs
         progress = {"trainer": trainer.state_dict(), "history": history, "seconds": 0.0 if between else time.perf_counter() - started}
         accuracy = history[-1]["test_accuracy"] if between and history else None
@@ -178,18 +196,20 @@ def train(recipe, dataset, runtime, config, folder, content=None):
     def after_step(made):
         bar.update(made)
         step = done + made
-        if stop.number or step % save_every == 0:
+        if writes and (stop.number or step % save_every == 0):
             save()
-        if stop.number:
+        if writes and stop.number:
             bar.clear()
-            raise Stopped(stop.number, f"step {step} of {total} is saved, go on with: python train.py --resume {folder}")
+            raise Stopped(stop.number, f"step {step} of {total} is saved, go on with: {command}")
 
     if step >= total and trainer.order is None:
         print(f"\n{folder} is finished: nothing is left to do")
     else:
         print(f"\nseed {seed}, {dataset.name}, {folder}" + f", on from step {step} of {total}" * bool(content) + f"\n{HEADER}", flush=True)
     with Stop() as stop:
-        if not content:
+        if content and writes:
+            sweep(folder)
+        elif writes:
             write_json(folder / "config.json", config)
             save()
         for epoch in range(len(history), recipe.epochs):
@@ -202,9 +222,9 @@ def train(recipe, dataset, runtime, config, folder, content=None):
             bar = Progress(f"epoch {epoch + 1}/{recipe.epochs}", steps)
             try:
                 train_loss, train_accuracy = trainer.epoch(epoch, steps, after_step)
+                test_loss, test_accuracy = score(predict(runtime, model, normalize, dataset.test_images), dataset.test_labels)
             except RunError as error:
-                raise RunError(f"{error}; {folder / 'last.pt'} is the last good state") from None
-            test_loss, test_accuracy = score(predict(runtime, model, normalize, dataset.test_images), dataset.test_labels)
+                raise RunError(f"{error}; the last good state is kept: {command}") from None
             seconds = time.perf_counter() - started
             bar.clear()
             history.append(
@@ -219,17 +239,20 @@ def train(recipe, dataset, runtime, config, folder, content=None):
                     f"{test_loss:.4f}", f"{test_accuracy:.2f}", f"{seconds:.2f}",
                 )
             )  # fmt: skip
-            if test_accuracy > best or epoch == 0:
+            improved = test_accuracy > best or epoch == 0
+            if improved:
                 print(f"      accuracy improved from {best:.2f} to {test_accuracy:.2f}, saving best.pt")
                 best = test_accuracy
+            if improved and writes:
                 checkpoint.save(folder / "best.pt", model, dataset, config, epoch + 1, best)
                 with replacing(folder.resolve().parent.parent / "best.pt") as temporary:
                     shutil.copyfile(folder / "best.pt", temporary)
-            write_csv(folder / "history.csv", history)
-            if done + steps == total:
-                title = f"{dataset.name}, recipe {config['recipe']}, seed {seed}"
-                plots.save(plots.curves(history, trainer.schedule, trainer.steps_per_epoch, title), folder / "curves.png")
-            save()
+            if writes:
+                write_csv(folder / "history.csv", history)
+                if done + steps == total:
+                    title = f"{dataset.name}, recipe {config['recipe']}, seed {seed}"
+                    plots.save(plots.curves(history, trainer.schedule, trainer.steps_per_epoch, title), folder / "curves.png")
+                save()
             print(end="", flush=True)
     top = max(history, key=lambda row: row["test_accuracy"])
     print(f"last epoch: {history[-1]['test_accuracy']:.2f} % on the test pictures of {dataset.name} (epoch {history[-1]['epoch']})")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench as bench_script
 import bench_gpu
 from cli import RunError
 
@@ -99,3 +100,12 @@ def test_shares_are_of_the_measured_ceilings():
     assert (row["us"], row["range"], row["bandwidth_percent"], row["matrix_percent"]) == ("100.0", "90.0 to 120.0", "10.0", "10.0")
     with pytest.raises(RunError, match="off by"):
         bench_gpu.timed("what", (100.0, 90.0, 120.0), float("nan"), 43e6, 7.9e9, (None, None))
+
+
+def test_scaling_compares_round_by_round(tmp_path, monkeypatch, invoke):
+    told = {1: [20.0, 40.0], 2: [10.0, 25.0]}
+    monkeypatch.setattr(bench_script, "measure", lambda commands, rounds, **_: {ranks: [{"steps": [ms], "all_reduce": 0.5} for ms in told[ranks]] for ranks in commands})
+    status, out, _ = invoke(bench_script, ["--scaling", "--rounds", 2, "--csv", tmp_path / "scaling.csv"])
+    one, two = csv.DictReader(open(tmp_path / "scaling.csv"))
+    assert status == 0 and "| 2 | 17.5 | 1.80 | 1.60 to 2.00 | 0.50 |" in out
+    assert (one["times_one_rank_range"], one["all_reduce_ms"], two["ranks"]) == ("1.00 to 1.00", "", "2")

@@ -305,14 +305,15 @@ def test_a_tampered_configuration_or_state_is_a_line(finished, tmp_path, invoke)
         for value in (None, [1]):
             torch.save(tampered(content, *path, value=value), finished / "last.pt")
             status, _, err = invoke(train, ["--resume", finished])
-            assert status in ((2,) if value is None else (0, 2)) and err.count("\n") <= 1, (path, value, err)
+            told = [line for line in err.splitlines() if not line.startswith("warning: ")]
+            assert status in ((2,) if value is None else (0, 2)) and len(told) <= 1, (path, value, err)
             assert value or "does not know" in err or path[-1] == "data", (path, err)
 
 
 def test_a_run_of_other_code_goes_on_with_a_warning(finished, monkeypatch, invoke):
     monkeypatch.setattr(train, "git_commit", lambda: "another")
     status, _, err = invoke(train, ["--resume", finished])
-    assert status == 0 and err.startswith("warning: the run began with ") and err.count("\n") == 1
+    assert status == 0 and err.startswith("warning: the run may end with other bits: git_commit was ") and err.count("\n") == 1
 
 
 # --- not finite ---
@@ -367,7 +368,7 @@ def test_a_run_that_is_not_finite_keeps_its_last_good_state(tiny_shapes, tmp_pat
     folder = run_folder(tmp_path)
     assert status == 1 and err.count("\n") == 1
     assert err.startswith("train.py: error: step 5, in epoch 2 at rate inf: what it made of cls_token is not finite")
-    assert err.endswith(f"; {folder / 'last.pt'} is the last good state\n")
+    assert err.endswith(f"; the last good state is kept: python train.py --resume {folder}\n")
     model, content = checkpoint.load(folder / "last.pt", "cpu")
     assert content["progress"]["trainer"]["done"] == 1
 
