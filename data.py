@@ -15,6 +15,7 @@ import socket
 import sys
 import tarfile
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from files import replacing
 from recipe import RECIPES
 
 SIDE = 32
+MAX_PIXELS = 2**26  # of a picture file, 8192 x 8192: a larger one is a mistake or a bomb
 TIMEOUT = 15  # seconds without an answer from a mirror
 
 
@@ -187,8 +189,8 @@ def load_cifar(name, data_dir):
         train = [read_batch(folder / file, archive.labels) for file in archive.train]
         test = [read_batch(folder / file, archive.labels) for file in archive.test]
         class_names = tuple(name.decode() for name in unpickle(folder / archive.meta)[archive.names])
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, IndexError, pickle.UnpicklingError) as error:
-        raise RunError(f"{folder} is damaged ({error}): delete it, and the next run fetches it again") from None
+    except Exception as error:  # a pickle may fail in any way
+        raise RunError(f"{folder} is damaged ({first_line(error)}): delete it, and the next run fetches it again") from None
     train_images, train_labels = map(torch.cat, zip(*train))
     test_images, test_labels = map(torch.cat, zip(*test))
     if max(train_labels.max(), test_labels.max()) >= len(class_names):
@@ -248,8 +250,8 @@ def fetch(archive, data_dir):
                 if not problem:
                     return unpack(download, archive, data_dir, temporary)
                 refusals.append(f"{url}: {problem}")
-    except (OSError, tarfile.TarError) as error:
-        raise RunError(f"{archive.file} could not be put under {data_dir}: {error}") from None
+    except Exception as error:  # an archive may fail in any way that tarfile, gzip and zlib know
+        raise RunError(f"{archive.file} could not be put under {data_dir}: {first_line(error)}") from None
     raise RunError(f"{archive.file} could not be had. " + "; ".join(refusals))
 
 
@@ -279,7 +281,11 @@ def wrong_hash(path, archive):
 def unpack(path, archive, data_dir, temporary):
     with tarfile.open(path) as tar:
         tar.extractall(temporary, filter="data")
-    os.replace(Path(temporary) / archive.folder, data_dir / archive.folder)
+    try:
+        os.replace(Path(temporary) / archive.folder, data_dir / archive.folder)
+    except OSError:
+        if not (data_dir / archive.folder).is_dir():  # or another process has put the same there
+            raise
 
 
 # --- a folder of pictures ---
@@ -360,9 +366,15 @@ def decode(paths):
 
 
 def decode_one(path, convert=True):
-    """One picture uint8 (3, 32, 32), resized; raises RunError if it cannot be read or, without `convert`, is not RGB."""
+    """One picture uint8 (3, 32, 32), resized.
+
+    Raises RunError that names it if it cannot be read, claims over MAX_PIXELS or, without `convert`, is not RGB.
+    """
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # Pillow's own limit lies higher, and it only warns
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it claims {image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
             if not convert and image.mode != "RGB":
                 raise ValueError(f"its mode is {image.mode}, not RGB")
             image = image.convert("RGB")
@@ -370,7 +382,7 @@ def decode_one(path, convert=True):
                 image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)  # (32, 32, 3) -> (3, 32, 32)
     except Exception as error:  # a decoder may raise anything on a broken file
-        raise RunError(f"{path} cannot be read as a picture ({error})") from None
+        raise RunError(f"{path} cannot be read as a picture ({first_line(error)})") from None
 
 
 # --- shapes ---

@@ -93,7 +93,7 @@ def main():
     loss, accuracy = score(logits, labels)
     confidence, predictions = logits.softmax(1).max(1)
     matrix = confusion_matrix(labels, predictions, K).cpu()
-    title = f"{arguments.ckpt.name} (epoch {content['epoch']}, recipe {content['config']['recipe']}) on {dataset.name}"
+    title = f"{arguments.ckpt.name} (epoch {content['epoch']}, recipe {content['config'].get('recipe')}) on {dataset.name}"
     print(f"{title}, {len(labels):,} test pictures, {runtime.describe()}")
     print(f"\naccuracy {accuracy:.2f} %, mean loss {loss:.4f}")
     if arguments.tta == "flip":

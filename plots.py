@@ -22,6 +22,11 @@ def save(made, path):
         made.savefig(temporary, dpi=120, format="png")
 
 
+def literal(text):
+    """A name that a user has chosen, for matplotlib to draw as it stands: between two dollar signs it would read TeX."""
+    return text.replace("$", r"\$")
+
+
 def show_picture(axes, image):
     """One uint8 (3, S, S) picture without ticks."""
     axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
@@ -32,14 +37,14 @@ def show_picture(axes, image):
 def sample_rows(rows, names, sides, title):
     """A grid: each of `rows` is uint8 (n, 3, S, S) with its name in `sides` at the left; `names` head the n columns."""
     made = figure(1 + len(names), 0.6 + 1.05 * len(rows))
-    made.suptitle(title)
+    made.suptitle(literal(title))
     grid = made.subplots(len(rows), len(names), squeeze=False)
     for i, (images, side) in enumerate(zip(rows, sides)):
         for j, (image, name) in enumerate(zip(images, names)):
             show_picture(grid[i, j], image)
             if i == 0:
-                grid[i, j].set_title(name, fontsize=9)
-        grid[i, 0].set_ylabel(side, fontsize=9)
+                grid[i, j].set_title(literal(name), fontsize=9)
+        grid[i, 0].set_ylabel(literal(side), fontsize=9)
     return made
 
 
@@ -47,7 +52,7 @@ def curves(history, schedule, steps_per_epoch, title):
     """Loss, accuracy, learning rate and momentum of a run: `history` is a list of rows, `schedule` a function of the step."""
     epochs = [row["epoch"] for row in history]
     made = figure(10, 6.5)
-    made.suptitle(title)
+    made.suptitle(literal(title))
     (loss, accuracy), (rate, momentum) = made.subplots(2, 2)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         for part, colour in (("train", TRAIN), ("test", TEST)):
@@ -77,9 +82,10 @@ def confusion(matrix, class_names, title):
     drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     made.colorbar(drawn, label="share of the actual class", shrink=0.8)
     small = {"fontsize": 9 if K <= 20 else 5}
+    class_names = list(map(literal, class_names))
     axes.set_xticks(range(K), class_names, rotation=45 if K <= 20 else 90, ha="right" if K <= 20 else "center", **small)
     axes.set_yticks(range(K), class_names, **small)
-    axes.set(title=title, xlabel="predicted", ylabel="actual")
+    axes.set(title=literal(title), xlabel="predicted", ylabel="actual")
     if K <= 20:
         for i in range(K):
             for j in range(K):
@@ -92,12 +98,12 @@ def misclassified(images, captions, title, columns=5):
     """A grid of uint8 pictures (n, 3, S, S), each under its caption."""
     rows = -(-len(captions) // columns)
     made = figure(2.1 * columns, 0.5 + 2.35 * rows)
-    made.suptitle(title)
+    made.suptitle(literal(title))
     for axes in made.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, image, caption in zip(made.axes, images, captions):
         show_picture(axes, image)
-        axes.set_title(caption, fontsize=9)
+        axes.set_title(literal(caption), fontsize=9)
     return made
 
 
@@ -131,7 +137,7 @@ def lr_range(history, suggestions, mode, title):
     """Loss, raw and smoothed, and accuracy over the rates of a range test, with the suggestions marked."""
     rates = [row["rate"] for row in history]
     made = figure(9, 7)
-    made.suptitle(title)
+    made.suptitle(literal(title))
     loss, accuracy = made.subplots(2, 1, sharex=True)
     loss.plot(rates, [row["loss"] for row in history], color=TRAIN, alpha=0.3, linewidth=1, label="loss, mean at each rate")
     loss.plot(rates, [row["smoothed"] for row in history], color=TRAIN, linewidth=2, label="loss, smoothed")
