@@ -36,7 +36,7 @@ from PIL import Image
 import bench_gpu
 import data
 from augment import Normalize
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, positive_int, run
+from cli import Parser, Progress, RunError, UsageError, add_data_arguments, output_file, positive_int, run
 from engine import Runtime, Trainer
 from files import write_csv
 from recipe import RECIPES, build_model
@@ -225,11 +225,14 @@ def main():
     parser.add_argument("--rounds", type=positive_int, default=5, help="on a CPU: how often each way is measured, in turn")
     parser.add_argument("--steps", type=positive_int, default=15, help="on a CPU: timed steps a round; the median counts")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there (default: nowhere)")
-    parser.add_argument("--resources", action="store_true", help="instead, compile every kernel for three GPUs and tell what it takes of them")
-    parser.add_argument("--scaling", action="store_true", help="instead, measure our way on one and on two ranks of this CPU, a thread each")
-    parser.add_argument("--way", choices=list(WAYS), help="measure this one way once, on the CPU in this process, and print JSON (default: all)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--resources", action="store_true", help="instead, compile every kernel for three GPUs and tell what it takes of them")
+    instead.add_argument("--scaling", action="store_true", help="instead, measure our way on one and on two ranks of this CPU, a thread each")
+    instead.add_argument("--way", choices=list(WAYS), help="measure this one way once, on the CPU in this process, and print JSON (default: all)")
     add_data_arguments(parser, default="shapes")
     arguments = parser.parse_args()
+    if arguments.csv:
+        output_file(arguments.csv, "--csv")
     if arguments.way:
         return print(json.dumps(time_way(arguments.way, arguments.steps)))
     if arguments.resources:

@@ -128,14 +128,22 @@ for _type in (positive_int, positive_float, seed_int):
     _type.__name__ = _type.__name__.replace("_", " ")  # argparse says "invalid positive int value: 'x'"
 
 
-def output_folder(path):
-    """Make the folder --out names, before work that would be lost without it; raises UsageError if it cannot be written."""
+def output_folder(path, flag="--out"):
+    """Make the folder that a flag names, before work that would be lost without it; raises UsageError if it cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {path}: {error.strerror}") from None
+        raise UsageError(f"{flag} {path}: {error.strerror}") from None
     if not os.access(path, os.W_OK):
-        raise UsageError(f"--out {path}: not writable")
+        raise UsageError(f"{flag} {path}: not writable")
+    return path
+
+
+def output_file(path, flag="--out"):
+    """The same for a file, and the folder that it goes to."""
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: a folder, where a file is to be written")
+    output_folder(path.parent, flag)
     return path
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 import plots
 import shapes
 from augment import Augmenter, Normalize
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, first_line, positive_int, run, seed_int
+from cli import Parser, Progress, RunError, UsageError, add_data_arguments, first_line, output_file, positive_int, run, seed_int
 from files import replacing
 from recipe import RECIPES
 
@@ -145,7 +145,7 @@ def load(source="auto", data_dir="./data", device="cpu"):
         dataset = load_cifar(source, Path(data_dir))
     elif source == "shapes":
         dataset = load_shapes()
-    elif Path(source).is_dir():
+    elif os.path.isdir(source):  # and not Path.is_dir, which raises an OSError for a name too long to be one
         dataset = load_folder(Path(source), Path(data_dir))
     else:
         raise UsageError(f"--data {source}: neither a folder that exists nor one of auto, {', '.join(ARCHIVES)}, shapes")
@@ -419,6 +419,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("data.png"), metavar="FILE", help="where the picture goes")
     arguments = parser.parse_args()
 
+    output_file(arguments.out)
     dataset = load(arguments.data, arguments.data_dir)
     print(f"data set: {dataset.name}\n\n{describe(dataset)}")
     generator = torch.Generator().manual_seed(arguments.seed)

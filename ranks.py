@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from cli import RunError, first_line
 
-PATIENCE = datetime.timedelta(seconds=40)  # for a rank that is alive and silent; one that died is noticed at once
+PATIENCE = datetime.timedelta(seconds=25)  # for a rank that is alive and silent; that one has died is noticed at once
 
 
 class Ranks:
@@ -41,7 +41,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise RunError(f"rank {self.rank} of {self.world} has lost another: {first_line(error)}") from None
+            raise RunError(f"rank {self.rank} of {self.world} has lost another: {first_line(error).partition('. ')[0]}") from None
 
     def bounds(self, count):
         """Where this rank's part of `count` things begins and ends."""

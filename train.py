@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import platform
 import shutil
 import statistics
@@ -157,7 +158,7 @@ def understood(path):
 def refuse_others(given, began, folder):
     """Raise UsageError for a flag that differs from what the run began with, names and values as in `parse`."""
     for name, value in given.items():
-        if name == "data" and value and Path(value).is_dir():
+        if name == "data" and value and os.path.isdir(value):
             value = str(Path(value).resolve())
         if name == "out" and value:
             value = value.resolve()
@@ -224,6 +225,8 @@ def train(recipe, dataset, runtime, config, folder, content=None):
                 train_loss, train_accuracy = trainer.epoch(epoch, steps, after_step)
                 test_loss, test_accuracy = score(predict(runtime, model, normalize, dataset.test_images), dataset.test_labels)
             except RunError as error:
+                if stop.number and not writes:
+                    raise Stopped(stop.number, "rank 0 says how to go on") from None
                 raise RunError(f"{error}; the last good state is kept: {command}") from None
             seconds = time.perf_counter() - started
             bar.clear()

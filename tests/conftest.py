@@ -1,20 +1,26 @@
 """What several test files share: small data, a trainer on it, and a script run inside the test's process."""
 
+import copy
 import dataclasses
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # Tests are many small operations: with threads they gain little alone, and beside other work lose minutes to waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from PIL import Image
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # settled before a kernel is imported
 
+import checkpoint
 import data
+import files
+import plots
 from augment import Augmentation, Normalize
 from cli import run
 from engine import Runtime, Trainer
@@ -34,6 +40,19 @@ def small():
 def small_shapes(monkeypatch, small):
     """`--data shapes` is `small`."""
     monkeypatch.setattr(data, "load_shapes", lambda: small)
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch):
+    """`--data shapes` is 20 training and 10 test pictures, and figures are drawn at once."""
+    tiny = data.load_shapes(20, 10)
+    monkeypatch.setattr(data, "load_shapes", lambda: tiny)
+
+    def save(made, path):
+        with files.replacing(path) as temporary:
+            temporary.write_text("figure")
+
+    monkeypatch.setattr(plots, "save", save)
 
 
 @pytest.fixture
@@ -63,3 +82,34 @@ def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
     normalize = Normalize(dataset.mean, dataset.std, device)
     model = build_model(recipe, dataset.num_classes, seed, device)
     return Trainer(model, dataset, recipe, Runtime(device, **runtime), normalize, seed), normalize
+
+
+def run_folder(out):
+    """The only run under `out`."""
+    (folder,) = (out / "runs").iterdir()
+    return folder
+
+
+def write_pictures(root, train_count, test_count):
+    """A folder of noise pictures of two classes, as many of each."""
+    noise = np.random.default_rng(0)
+    for part, count in (("train", train_count), ("test", test_count)):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count // 2):
+                picture = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + (60 if name == "dog" else 0)
+                Image.fromarray(picture.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+def tampered(content, *path, value=None):
+    """A copy with the value at `path` replaced, or without it, and the digest made to fit."""
+    content = copy.deepcopy({name: part for name, part in content.items() if name != "sha256"})
+    inner = content
+    for name in path[:-1]:
+        inner = inner[name]
+    if value is None:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return {**content, "sha256": checkpoint.sha256(content)}

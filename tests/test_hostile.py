@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, small_recipe
+from conftest import make_trainer, small_recipe, tampered, write_pictures
 from PIL import Image
-from test_data import folder, members, write_archive  # noqa: F401, a fixture
-from test_resume import tampered, tiny_shapes  # noqa: F401, a fixture
+from test_data import members, write_archive
 
 import checkpoint
 import data
@@ -151,7 +150,7 @@ def test_a_tampered_checkpoint_with_a_digest_that_fits_is_a_line(good, tmp_path,
     assert status == 2 and "tampered.pt is not a checkpoint" in err and err.count("\n") == 1
 
 
-def test_without_a_recipe_a_checkpoint_is_evaluated_all_the_same(good, tiny_shapes, tmp_path, invoke):  # noqa: F811
+def test_without_a_recipe_a_checkpoint_is_evaluated_all_the_same(good, tiny_shapes, tmp_path, invoke):
     torch.save(tampered(torch.load(good, weights_only=True), "config", "recipe"), tmp_path / "x.pt")
     assert invoke(evaluate, ["--ckpt", tmp_path / "x.pt", "--out", tmp_path])[0] == 0
 
@@ -256,7 +255,8 @@ def png(width, height):
 
 
 @pytest.mark.parametrize("width, height", [(50_000, 50_000), (10_000, 10_000), (8193, 8192), (2**31 - 1, 2**31 - 1)])
-def test_a_picture_bomb_is_refused_by_name(folder, tmp_path, capsys, width, height):  # noqa: F811
+def test_a_picture_bomb_is_refused_by_name(tmp_path, capsys, width, height):
+    folder = write_pictures(tmp_path / "pictures", 6, 4)
     (folder / "train" / "dog" / "2.png").write_bytes(png(width, height))
     with warnings.catch_warnings(record=True) as warned:
         with pytest.raises(RunError, match=r"train/dog/2\.png cannot be read as a picture \(.*(exceeds limit|claims|could be).*") as refusal:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer
-from test_resume import run_folder, write_pictures
+from conftest import make_trainer, run_folder, write_pictures
 
 import augment
 import checkpoint

@@ -16,17 +16,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, small_recipe
-from PIL import Image
+from conftest import make_trainer, run_folder, small_recipe, tampered, write_pictures
 
 import checkpoint
 import data
 import engine
-import files
-import plots
 import train
 from cli import RunError
 from recipe import RECIPES
@@ -34,11 +30,6 @@ from recipe import RECIPES
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", 5))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
-
-
-def run_folder(out):
-    (folder,) = (out / "runs").iterdir()
-    return folder
 
 
 def ending(folder):
@@ -91,19 +82,6 @@ class Killed(BaseException):
     """Nobody catches it, as nobody catches SIGKILL."""
 
 
-@pytest.fixture
-def tiny_shapes(monkeypatch):
-    """20 training and 10 test pictures, and a figure that is drawn at once."""
-    tiny = data.load_shapes(20, 10)
-    monkeypatch.setattr(data, "load_shapes", lambda: tiny)
-
-    def save(made, path):
-        with files.replacing(path) as temporary:
-            temporary.write_text("figure")
-
-    monkeypatch.setattr(plots, "save", save)
-
-
 def test_a_run_ended_at_any_step_evaluation_or_write_goes_on_to_the_same_bits(tiny_shapes, tmp_path, monkeypatch, invoke):
     points, kill_at = 0, math.inf
 
@@ -137,17 +115,6 @@ def test_a_run_ended_at_any_step_evaluation_or_write_goes_on_to_the_same_bits(ti
 
 
 # --- a run, killed as the system kills ---
-
-
-def write_pictures(root, train_count, test_count):
-    noise = np.random.default_rng(0)
-    for part, count in (("train", train_count), ("test", test_count)):
-        for name in ("cat", "dog"):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count // 2):
-                picture = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + (60 if name == "dog" else 0)
-                Image.fromarray(picture.astype(np.uint8)).save(root / part / name / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -281,19 +248,6 @@ def test_what_holds_no_state_is_refused(finished, tmp_path, invoke):
     ):
         status, _, err = invoke(train, ["--resume", run])
         assert status == 2 and told in err and err.count("\n") == 1
-
-
-def tampered(content, *path, value=None):
-    """A copy with the value at `path` replaced, or without it, and the digest made to fit."""
-    content = copy.deepcopy({name: part for name, part in content.items() if name != "sha256"})
-    inner = content
-    for name in path[:-1]:
-        inner = inner[name]
-    if value is None:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
-    return {**content, "sha256": checkpoint.sha256(content)}
 
 
 def test_a_tampered_configuration_or_state_is_a_line(finished, tmp_path, invoke):
