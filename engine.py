@@ -1,6 +1,5 @@
 """The training step, the evaluation pass and the choice of pictures to show, which the scripts share."""
 
-import math
 import os
 import platform
 import sys
@@ -118,7 +117,8 @@ class Trainer:
         self.optimizer = build_optimizer(recipe, model, triton=runtime.triton)
         self.graphs = StepGraphs(self.update, self.generator) if runtime.triton and runtime.device.type == "cuda" else None
         self.running, self.order, self.done, self.loss, self.correct = 0, None, 0, 0, 0
-        # How many of the running epoch's steps had a finite loss and, parameter by parameter, gradient; kept on the device.
+        # How many of the running epoch's steps had a finite loss and, parameter by parameter, a gradient of finite norm: one
+        # whose square overflows would stand in AdamW's mean of squares for ever. Counted on the device.
         self.good = torch.zeros(1 + len(list(model.parameters())), dtype=torch.int64, device=runtime.device)
 
     def step(self, indices, epoch, lr, momentum):
@@ -144,7 +144,7 @@ class Trainer:
         gradients = [p.grad for p in parameters]
         loss, correct = loss.detach() * (last - first), (logits.detach().argmax(1) == labels)[: last - first].sum()
         loss, correct = self.runtime.ranks.add_up_step(gradients, loss, correct, (last - first) / len(indices))
-        self.good += torch.stack([loss, *torch._foreach_norm(gradients, math.inf)]).isfinite()  # (1 + number of parameters,)
+        self.good += torch.stack([loss, *torch._foreach_norm(gradients)]).isfinite()  # (1 + number of parameters,)
         if self.recipe.l1:  # the gradient of l1 * sum |w| is l1 * sign(w); its value is not part of the loss told
             torch._foreach_add_(gradients, torch._foreach_sign(parameters), alpha=self.recipe.l1)
         self.optimizer.step()
@@ -189,7 +189,7 @@ class Trainer:
             culprit = ["the loss", *(f"the gradient of {name}" for name in names)][good.index(made)]
         else:
             made = self.done - 1
-            finite = torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().tolist()
+            finite = torch.stack(torch._foreach_norm(weights)).isfinite().tolist()
             culprit = None if all(finite) else f"what it made of {names[finite.index(False)]}"
         if culprit:
             step = self.running * self.steps_per_epoch + made

@@ -252,7 +252,7 @@ def test_what_holds_no_state_is_refused(finished, tmp_path, invoke):
 
 def test_a_tampered_configuration_or_state_is_a_line(finished, tmp_path, invoke):
     content = torch.load(finished / "last.pt", weights_only=True)
-    paths = [("config", name) for name in content["config"] if name != "dataset"]
+    paths = [("config", name) for name in content["config"] if name not in ("dataset", "job")]
     paths += [("config", "settings", name) for name in content["config"]["settings"] if name not in ("base_momentum", "max_momentum", "beta2", "eps")]
     paths += [("progress", name) for name in content["progress"]] + [("progress", "trainer", name) for name in content["progress"]["trainer"]]
     for path in paths:
@@ -300,20 +300,22 @@ def test_what_is_not_finite_stops_the_run_in_its_step(small, poison, told):
 
 
 def test_away_from_the_cpu_it_is_found_within_the_epoch(small, monkeypatch):
-    """As on CUDA, where no step is looked at: the epoch's end, or a save, tells the first step all the same."""
+    """As on CUDA, where no step is looked at: the look at the epoch's end tells the first step all the same."""
     trainer, _ = make_trainer(small, small_recipe())
     looked = []
-    monkeypatch.setattr(trainer, "check_finite", lambda check=trainer.check_finite: looked.append(trainer.done) or (check() if trainer.done == 3 else None))
+    monkeypatch.setattr(trainer, "check_finite", lambda check=trainer.check_finite: looked.append(trainer.done) or (check() if len(looked) == 4 else None))
     with pytest.raises(RunError, match=r"^step 2, in epoch 1 .* the gradient of head.bias is not finite"):
         trainer.epoch(0, 3, lambda done: trainer.model.head.bias.register_hook(lambda gradient: gradient / 0) if done == 1 else None)
-    assert looked == [1, 2, 3]
+    assert looked == [1, 2, 3, 3]
 
 
-def test_huge_and_finite_is_finite(small):
-    trainer, _ = make_trainer(small, small_recipe())
-    trainer.model.head.bias.register_hook(lambda gradient: gradient.sign() * 3e38)
-    trainer.step(torch.arange(8), 0, 0.0, 0.9)
-    assert trainer.good.tolist() == [1] * len(trainer.good)
+def test_a_gradient_whose_square_overflows_is_not_finite(small):
+    """AdamW would divide by it for ever after, and the parameter stand still without a word."""
+    for size, good in ((1e18, 1), (1e20, 0)):
+        trainer, _ = make_trainer(small, small_recipe())
+        trainer.model.head.bias.register_hook(lambda gradient: gradient.sign() * size)
+        trainer.step(torch.arange(8), 0, 0.0, 0.9)
+        assert trainer.good.tolist() == [1] * (len(trainer.good) - 1) + [good]
 
 
 def test_a_run_that_is_not_finite_keeps_its_last_good_state(tiny_shapes, tmp_path, monkeypatch, invoke):
