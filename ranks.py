@@ -29,7 +29,10 @@ class Ranks:
         self.rank, self.world, self.local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if joined else (0, 1, 0)
         if self.world > 1:
             with self.talking():
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+                # A restarted job may be given the store it had, with addresses of the dead in it: a prefix sets them apart.
+                store, *_ = next(dist.rendezvous("env://"))
+                store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world)
                 self.group = dist.new_group(timeout=PATIENCE)  # the first one's own patience is for downloads
             atexit.register(dist.destroy_process_group)  # gloo's threads must be gone before the interpreter is
         if self.rank:
