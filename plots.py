@@ -117,19 +117,19 @@ def heat_maps(images, titles, maps, captions, roles, title):
     down = -(-n // across)
     width = 7.5
     made = figure(width, 0.45 + down * (width / (across * (1 + M)) + 0.3))
-    made.suptitle(title, fontsize=10)
+    made.suptitle(literal(title), fontsize=10)
     for i, part in enumerate(made.subfigures(down, across, squeeze=False, wspace=0.06).flat):
         if i == n:
             break
         for j, axes in enumerate(part.subplots(1, 1 + M)):
             if j == 0:
                 show_picture(axes, images[i])
-                axes.set_title(titles[i], fontsize=9)
+                axes.set_title(literal(titles[i]), fontsize=9)
                 continue
             show_picture(axes, images[i].float().mean(0, keepdim=True).expand(3, -1, -1).byte())  # grey, as colour is heat
             heat = maps[i, j - 1].cpu().numpy()
             axes.imshow(heat, cmap="plasma", vmin=0, vmax=1, alpha=0.9 * heat, interpolation="bilinear")
-            axes.set_title(f"{roles[j - 1]}\n{captions[i][j - 1]}", fontsize=9)
+            axes.set_title(literal(f"{roles[j - 1]}\n{captions[i][j - 1]}"), fontsize=9)
     return made
 
 

@@ -6,6 +6,7 @@ import torch
 import bench
 import data
 import evaluate
+import gradcam
 import lr_range
 import train
 import vit
@@ -56,6 +57,14 @@ WRONG_COMMANDS = [
     (data, ["--seed", -5], "--seed"),
     (data, ["--data", "shapes", "--out", "/dev/null/x.png"], "--out /dev/null"),
     (data, ["--data", "shapes", "--out", "empty"], "--out empty"),
+    (gradcam, ["--ckpt", "missing.pt"], "missing.pt does not exist"),
+    (gradcam, ["--ckpt", HERE], "is not a checkpoint"),
+    (gradcam, ["--method", "saliency"], "--method"),
+    (gradcam, ["--n", 0], "--n"),
+    (gradcam, ["--metrics", 0], "--metrics"),
+    (gradcam, ["--seed", "x"], "--seed"),
+    (gradcam, ["--image"], "--image"),
+    (gradcam, ["--image", HERE, "--correct"], "--image is about pictures of yours"),
     (evaluate, ["--ckpt", "missing.pt"], "missing.pt does not exist"),
     (evaluate, ["--ckpt", HERE], "is not a checkpoint"),
     (evaluate, ["--ckpt", "empty"], "is not a checkpoint"),
@@ -98,7 +107,7 @@ WRONG_COMMANDS = [
 
 
 def test_there_are_as_many_as_promised():
-    assert len(WRONG_COMMANDS) >= 60 and {module for module, _, _ in WRONG_COMMANDS} == {train, data, evaluate, lr_range, bench, vit}
+    assert len(WRONG_COMMANDS) >= 60 and {module for module, _, _ in WRONG_COMMANDS} == {train, data, evaluate, gradcam, lr_range, bench, vit}
 
 
 @pytest.mark.parametrize("module, arguments, told", WRONG_COMMANDS, ids=lambda value: value.__name__ if hasattr(value, "__name__") else None)
