@@ -281,15 +281,16 @@ def test_adamw(weight_decay):
         for a, b in zip(theirs, ours):
             a.grad = torch.randn_like(a) * 10.0 ** torch.randint(-6, 3, a.shape, device=DEVICE)
             b.grad = a.grad.clone()
-        for each in (reference, optimizer):
-            each.prepare(0.1 / (i + 1), 0.95 - 0.01 * i)
-        if i == 5:  # what is saved is a copy to be kept, and enough to go on from
+        if i == 5:  # what is saved is a copy to be kept, and enough to go on from after a step astray
             saved, before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in ours]
+            optimizer.prepare(0.3, 0.5)
             optimizer.step()
             optimizer.load_state_dict(saved)
             with torch.no_grad():
                 for parameter, value in zip(ours, before):
                     parameter.copy_(value)
+        for each in (reference, optimizer):
+            each.prepare(0.1 / (i + 1), 0.95 - 0.01 * i)
         reference.step()
         optimizer.step()
         for a, b in zip(theirs, ours):
