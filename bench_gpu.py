@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from augment import Normalize
 from cli import Progress, RunError, first_line
-from engine import Runtime, Trainer, predict, score
+from engine import Runtime, Trainer, predict, score, versions
 from kernels import plain
 from recipe import RECIPES, build_model
 from vit import Attention
@@ -245,10 +245,4 @@ def describe(device):
             driver = asked.stdout.splitlines()[0].strip()
         except (OSError, subprocess.SubprocessError, IndexError):
             driver = "unknown"
-    try:
-        import triton  # not on every platform
-
-        version = triton.__version__
-    except ImportError:
-        version = "none"
-    return {"gpu": name, "driver": driver, "torch": str(torch.__version__), "triton": version, "date": datetime.date.today().isoformat()}
+    return {"gpu": name, "driver": driver, **versions(), "date": datetime.date.today().isoformat()}

@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 
+import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -68,6 +69,18 @@ class Runtime:
             name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
         ranks = f", {self.ranks.world} ranks" if self.ranks.world > 1 else ""
         return f"{self.device.type} ({name}), {self.precision}, {self.forward.__module__}.{self.forward.__name__}{ranks}"
+
+
+def versions():
+    """Of Python and the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__}
+    try:
+        import triton  # not on every platform, and needed by none of the code that runs without it
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    return found
 
 
 def own_gpu():

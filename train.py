@@ -18,16 +18,12 @@ import datetime
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-import numpy
-import torch
 
 import checkpoint
 import data
@@ -38,7 +34,7 @@ from cli import (
     Parser, Progress, RunError, Stop, Stopped, UsageError, add_data_arguments, add_device_arguments, first_line,
     output_folder, positive_float, positive_int, run, seed_int,
 )  # fmt: skip
-from engine import Runtime, Trainer, predict, score
+from engine import Runtime, Trainer, predict, score, versions
 from files import replacing, sweep, write_csv
 from recipe import RECIPES, Recipe, build_model
 
@@ -284,17 +280,6 @@ def print_header(config, dataset, recipe):
     augmentation = settings.pop("augmentation")
     for name, values in ((f"recipe    {config['recipe']}", settings), ("augment  ", augmentation)):
         print(f"{name} " + ", ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()))
-
-
-def versions():
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__}
-    try:
-        import triton  # not on every platform, and needed by none of the code that runs without it
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return found
 
 
 def git_commit():

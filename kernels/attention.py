@@ -23,10 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import dot, launch, load, padded, split, standardize, standardize_backward, to_working
+from kernels.functions import OPTIONS, dot, launch, load, padded, scaled, split, standardize, standardize_backward, to_working
 
-# Four warps share a program in bf16; in fp32, which runs without tensor cores, eight, or registers spill.
-OPTIONS = {torch.bfloat16: {"num_warps": 4, "num_stages": 1}, torch.float32: {"num_warps": 8, "num_stages": 1}}
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -53,8 +51,7 @@ def forward_kernel(
     cells = tl.program_id(0).to(tl.int64) * T * C + t[:, None] * C + c[None, :]  # (TP, C)
     present = t[:, None] < T
     z = tl.load(x_ptr + cells, mask=present, other=0.0).to(tl.float32)
-    y, _ = standardize(z, EPS)
-    y = to_working(y * tl.load(norm_weight_ptr + c) + tl.load(norm_bias_ptr + c), DTYPE)
+    y = scaled(standardize(z, EPS)[0], norm_weight_ptr, norm_bias_ptr, DTYPE)
     row, in_row = d[:, None] * C + c[None, :], d[:, None] < D  # (DP, C), one head's rows of Wq, Wk or Wv
     column, in_column = c[:, None] * (H * D) + d[None, :], d[None, :] < D  # (C, DP), one head's columns of Wo
     for h in range(H):
@@ -88,8 +85,8 @@ def backward_kernel(
     dout_ptr = dqkv_ptr + 3 * H * D * C
     dnorm_ptr = dout_ptr + H * D * C
 
-    y, _ = standardize(tl.load(x_ptr + cells, mask=present, other=0.0).to(tl.float32), EPS)
-    y = to_working(y * tl.load(norm_weight_ptr + c) + tl.load(norm_bias_ptr + c), DTYPE)
+    x = tl.load(x_ptr + cells, mask=present, other=0.0).to(tl.float32)
+    y = scaled(standardize(x, EPS)[0], norm_weight_ptr, norm_bias_ptr, DTYPE)
     dy = tl.zeros((TP, C), tl.float32)
     for h in range(H):
         wq = load(qkv_ptr + h * D * C + row, DTYPE, in_row)

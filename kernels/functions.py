@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+# How a kernel is compiled: four warps share a program in bf16; in fp32, which runs without tensor cores, eight, or registers spill.
+OPTIONS = {torch.bfloat16: {"num_warps": 4, "num_stages": 1}, torch.float32: {"num_warps": 8, "num_stages": 1}}
 INTERPRETED = triton.knobs.runtime.interpret  # settled by the environment when a kernel's module is imported
 
 
@@ -77,6 +79,13 @@ def standardize(x, EPS: tl.constexpr):
     centred = x - tl.sum(x, 1)[:, None] / x.shape[1]
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / x.shape[1] + EPS)
     return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def scaled(standard, weight_ptr, bias_ptr, DTYPE: tl.constexpr):
+    """LayerNorm's second half, weight and bias (C,) on standardized rows (N, C), in the working dtype."""
+    c = tl.arange(0, standard.shape[1])
+    return to_working(standard * tl.load(weight_ptr + c) + tl.load(bias_ptr + c), DTYPE)
 
 
 @triton.jit

@@ -17,11 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import dot, gelu, gelu_and_derivative, launch, load, split, standardize, standardize_backward, to_working
+from kernels.functions import (
+    OPTIONS, dot, gelu, gelu_and_derivative, launch, load, scaled, split, standardize, standardize_backward, to_working,
+)  # fmt: skip
 
-# Rows of a program and how it is compiled; fp32, which runs without tensor cores, needs small tiles not to spill.
-ROWS = {torch.bfloat16: 64, torch.float32: 16}
-OPTIONS = {torch.bfloat16: {"num_warps": 4, "num_stages": 1}, torch.float32: {"num_warps": 8, "num_stages": 1}}
+ROWS = {torch.bfloat16: 64, torch.float32: 16}  # of a program; fp32, which runs without tensor cores, spills with more
 
 
 @triton.jit
@@ -37,8 +37,7 @@ def forward_kernel(
     n = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     c, m = tl.arange(0, C), tl.arange(0, M)
     x = tl.load(x_ptr + n * stride + c[None, :], mask=n < N, other=0.0).to(tl.float32)
-    y, _ = standardize(x, EPS)
-    y = to_working(y * tl.load(norm_weight_ptr + c) + tl.load(norm_bias_ptr + c), DTYPE)
+    y = scaled(standardize(x, EPS)[0], norm_weight_ptr, norm_bias_ptr, DTYPE)
     w1 = load(weight1_ptr + m[:, None] * C + c[None, :], DTYPE)
     h = dot(y, tl.trans(w1)) + tl.load(bias1_ptr + m)  # (R, C) x (C, M) -> (R, M)
     w2 = load(weight2_ptr + c[:, None] * M + m[None, :], DTYPE)
@@ -67,7 +66,7 @@ def backward_kernel(
     dnorm_ptr = dbias2_ptr + C
 
     standard, rstd = standardize(tl.load(x_ptr + n * stride + c[None, :], mask=n < N, other=0.0).to(tl.float32), EPS)
-    y = to_working(standard * tl.load(norm_weight_ptr + c) + tl.load(norm_bias_ptr + c), DTYPE)
+    y = scaled(standard, norm_weight_ptr, norm_bias_ptr, DTYPE)
     w1 = load(weight1_ptr + m[:, None] * C + c[None, :], DTYPE)
     h = dot(y, tl.trans(w1)) + tl.load(bias1_ptr + m)  # (R, C) x (C, M) -> (R, M)
     g, slope = gelu_and_derivative(h, DTYPE)

@@ -22,11 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import dot, gelu, gelu_and_derivative, launch, load, padded, split, to_working
+from kernels.functions import OPTIONS, dot, gelu, gelu_and_derivative, launch, load, padded, split, to_working
 
 TILE = 64  # patches that the forward holds at once: more of them spill in fp32 and leave fewer programs in flight
-FORWARD_OPTIONS = {torch.bfloat16: {"num_warps": 4, "num_stages": 1}, torch.float32: {"num_warps": 8, "num_stages": 1}}
-BACKWARD_OPTIONS = {"num_warps": 8, "num_stages": 1}
+BACKWARD_OPTIONS = OPTIONS[torch.float32]  # its programs hold four times as many patches
 
 
 @triton.jit
@@ -37,6 +36,19 @@ def pixels(picture_ptr, n, pixel, I: tl.constexpr, S: tl.constexpr, P: tl.conste
     column = (n % (S // P)) * P + pixel % P + k % 3 - 1
     inside = (row >= 0) & (row < S) & (column >= 0) & (column < S) & (k < 9 * I)
     return tl.load(picture_ptr + (k // 9) * S * S + row * S + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def convolved(picture_ptr, n, w1, b1, weight2_ptr, bias2_ptr, I: tl.constexpr, S: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
+    """conv2 at patches `n`, before its GELU, from w1 (L, K) and b1 (L,): fp32 (n, L)."""
+    L: tl.constexpr = w1.shape[0]
+    l = tl.arange(0, L)
+    a = tl.zeros((n.shape[0], L), tl.float32) + tl.load(bias2_ptr + l)
+    for pixel in range(P * P):
+        h = gelu(dot(pixels(picture_ptr, n, pixel, I, S, P, w1.shape[1]), tl.trans(w1)) + b1, DTYPE)  # (n, K) x (K, L) -> (n, L)
+        w2 = load(weight2_ptr + (l[:, None] * L + l[None, :]) * (P * P) + pixel, DTYPE)  # (L, L)
+        a += dot(to_working(h, DTYPE), tl.trans(w2))  # (n, L) x (L, L) -> (n, L)
+    return a
 
 
 @triton.jit
@@ -57,11 +69,7 @@ def forward_kernel(
     tokens = tl.zeros((C, L), tl.float32)
     for first in range(0, N, TILE):
         n = first + tl.arange(0, TILE)
-        a = tl.zeros((TILE, L), tl.float32) + tl.load(bias2_ptr + l)
-        for pixel in range(P * P):
-            h = gelu(dot(pixels(picture_ptr, n, pixel, I, S, P, K), tl.trans(w1)) + b1, DTYPE)  # (n, K) x (K, L) -> (n, L)
-            w2 = load(weight2_ptr + (l[:, None] * L + l[None, :]) * (P * P) + pixel, DTYPE)  # (L, L)
-            a += dot(to_working(h, DTYPE), tl.trans(w2))  # (n, L) x (L, L) -> (n, L)
+        a = convolved(picture_ptr, n, w1, b1, weight2_ptr, bias2_ptr, I, S, P, DTYPE)
         g = to_working(gelu(a, DTYPE), DTYPE)
         tokens += dot(load(project_ptr + c[:, None] * N + n[None, :], DTYPE), g)  # (C, n) x (n, L) -> (C, L)
     tokens += tl.load(bias_ptr + c)[:, None] + tl.load(position_ptr + (l[None, :] + 1) * C + c[:, None])
@@ -91,11 +99,7 @@ def backward_kernel(
     w1 = load(weight1_ptr + l[:, None] * (9 * I) + k[None, :], DTYPE, k[None, :] < 9 * I)  # (L, K)
     b1 = tl.load(bias1_ptr + l)
 
-    a = tl.zeros((N, L), tl.float32) + tl.load(bias2_ptr + l)
-    for pixel in range(P * P):
-        h = gelu(dot(pixels(picture_ptr, n, pixel, I, S, P, K), tl.trans(w1)) + b1, DTYPE)  # (N, K) x (K, L) -> (N, L)
-        w2 = load(weight2_ptr + (l[:, None] * L + l[None, :]) * (P * P) + pixel, DTYPE)  # (L, L)
-        a += dot(to_working(h, DTYPE), tl.trans(w2))  # (N, L) x (L, L) -> (N, L)
+    a = convolved(picture_ptr, n, w1, b1, weight2_ptr, bias2_ptr, I, S, P, DTYPE)
     g, slope = gelu_and_derivative(a, DTYPE)
     tokens = (l[:, None] + 1) * C + c[None, :]  # (L, C), without the CLS token
     dx = tl.load(dx_ptr + tl.program_id(0).to(tl.int64) * ((L + 1) * C) + tokens)
@@ -127,7 +131,7 @@ def sizes(images, weight2, project):
 
 
 def forward_constants(images, weight2, project):
-    return {**sizes(images, weight2, project), "TILE": min(TILE, project.shape[1]), **FORWARD_OPTIONS[images.dtype]}
+    return {**sizes(images, weight2, project), "TILE": min(TILE, project.shape[1]), **OPTIONS[images.dtype]}
 
 
 def backward_constants(images, weight2, project):
