@@ -13,7 +13,7 @@ import kernels
 from augment import Augmenter, Normalize
 from cli import RunError, UsageError, first_line
 from ranks import Ranks
-from recipe import RECIPES, build_model, build_optimizer
+from recipe import RECIPES, build_optimizer, build_vit
 from schedule import OneCycle
 
 EVALUATION_BATCH = 1000  # one value everywhere: in bf16 the last bits of a logit may depend on the batch it came in
@@ -46,7 +46,7 @@ class Runtime:
         example = RECIPES["original"]
         normalize, generator = Normalize((0.5,) * 3, (0.25,) * 3, self.device), torch.Generator(self.device).manual_seed(0)
         augmenter = Augmenter(example.augmentation, normalize, 3, generator)
-        model = build_model(example, 10, 0, self.device)
+        model = build_vit(10, 0).to(self.device)
         self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype, model, augmenter)
         self.triton = self.forward.__module__ == "kernels.gpu"
         if reason and kernels_name == "triton":

@@ -210,7 +210,7 @@ def main():
     if recipe.batch_size > len(dataset.train_images):
         raise UsageError(f"{dataset.name} has {len(dataset.train_images)} training pictures, fewer than one batch of {recipe.batch_size}")
     normalize = Normalize(dataset.mean, dataset.std, runtime.device)
-    model = build_model(recipe, dataset.num_classes, arguments.seed, runtime.device)
+    model = build_model(recipe, dataset, arguments.seed, runtime.device)
     trainer = Trainer(model, dataset, recipe, runtime, normalize, arguments.seed)
     sweep = rates(arguments.start_lr, arguments.end_lr, arguments.epochs, arguments.mode)
     steps = arguments.steps_per_epoch or (CPU_STEPS if runtime.device.type == "cpu" else trainer.steps_per_epoch)

@@ -1,16 +1,24 @@
 """Recipes: everything that a training run chooses, in one place, and the model and optimizer that follow from it."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 
-from augment import Augmentation
+from augment import Augmentation, Normalize
+from optimizers import AdamW, Muon, MuonAndAdamW
+from schedule import ANNEALS
 from vit import ViT
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) under OneCycle; momentum, cycled, is AdamW's beta1."""
+    """An optimizer under OneCycle, which moves rate and momentum (beta1 for AdamW), a start and an augmentation.
+
+    "adamw" is Loshchilov & Hutter 2017, arXiv:1711.05101, for all parameters; "muon" (optimizers.py) for all matrices and
+    convolutions but the head, with AdamW for the rest at `adamw_share` of Muon's rate.
+    """
 
     epochs: int
     batch_size: int
@@ -19,7 +27,7 @@ class Recipe:
     div_factor: float
     final_div_factor: float
     anneal: str
-    weight_decay: float  # of matrices and convolution kernels; biases, norms and embeddings have none
+    weight_decay: float  # of matrices and convolution kernels (but the head beside Muon); biases, norms and embeddings have none
     l1: float  # times the sum of all parameters' magnitudes, added to the loss
     embedding_std: float  # of the CLS token and the position embedding at the start
     augmentation: Augmentation
@@ -27,6 +35,10 @@ class Recipe:
     max_momentum: float = 0.95
     beta2: float = 0.999
     eps: float = 1e-8
+    optimizer: str = "adamw"  # or "muon"
+    adamw_share: float = 1.0
+    pooled_start: bool = False  # the stem's projection starts as an average over cells
+    whitened_start: bool = False  # its first convolution, as whitening
 
 
 RECIPES = {
@@ -64,33 +76,117 @@ RECIPES = {
 }  # fmt: skip
 
 
-def build_model(recipe, num_classes, seed, device):
-    """A fresh ViT; the same seed gives the same weights, and the global random state is left as it was."""
+WHITENED_STD = 0.6  # about what PyTorch's start gives
+WHITENING_PICTURES = 4000
+WHITENING_FLOOR = 1e-2  # added to variances, whose mean is about 1: rare directions are noise
+
+
+CHOICES = {
+    "anneal": tuple(ANNEALS),
+    "optimizer": ("adamw", "muon"),
+    "crop_border": ("reflect", "wrap"),
+    "flip": ("random", "alternating"),
+}
+POSITIVE = "epochs", "batch_size", "max_lr", "div_factor", "final_div_factor"
+HIGHEST = {  # of those settings that have a highest value; the lowest is 0
+    **dict.fromkeys(("pct_start", "flip_p", "warp_p", "cutout_p"), 1),
+    **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "warp_scale"), 0.9999),
+    **dict.fromkeys(("crop_padding", "cutout_size"), 31),
+}
+
+
+def changed(recipe, assignments):
+    """The recipe with settings changed by texts NAME=VALUE, of its own fields or its augmentation's.
+
+    Raises ValueError, which begins with the text, for a name that is none of them and a value that makes no sense.
+    """
+    for text in assignments:
+        name, _, value = text.partition("=")
+        for owner in (recipe, recipe.augmentation):
+            kinds = {field.name: field.type for field in fields(owner) if field.type is not Augmentation}
+            if name in kinds:
+                owner = replace(owner, **{name: understood(text, name, value, kinds[name])})
+                recipe = owner if isinstance(owner, Recipe) else replace(recipe, augmentation=owner)
+                break
+        else:
+            raise ValueError(f"{text}: there is no setting {name!r}; recipe.py and augment.py name them all")
+    return recipe
+
+
+def understood(text, name, value, kind):
+    """`value` as a setting's kind (int, float, bool or str) has it."""
+    if name in CHOICES or kind is bool:
+        choices = CHOICES.get(name, ("True", "False"))
+        if value not in choices:
+            raise ValueError(f"{text}: {name} is one of {', '.join(choices)}")
+        return value == "True" if kind is bool else value
+    least, most = ("above" if name in POSITIVE else "of at least"), HIGHEST.get(name, math.inf)
+    expected = f"{text}: {name} is a {'whole ' * (kind is int)}number {least} 0" + (f" and at most {most}" if name in HIGHEST else "")
+    try:
+        number = kind(value)
+    except ValueError:
+        raise ValueError(expected) from None
+    if not 0 <= number <= most or number == math.inf or (number == 0 and name in POSITIVE):
+        raise ValueError(expected)
+    return number
+
+
+def build_vit(num_classes, seed):
+    """A fresh ViT as PyTorch starts it; the same seed gives the same weights, and the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ViT(num_classes=num_classes)
-    with torch.no_grad():
-        model.cls_token.mul_(recipe.embedding_std)
-        model.pos_embedding.mul_(recipe.embedding_std)
+        return ViT(num_classes=num_classes)
+
+
+@torch.no_grad()
+def build_model(recipe, dataset, seed, device):
+    """A fresh ViT for a data.Dataset as the recipe starts it; the same seed gives the same weights."""
+    model = build_vit(dataset.num_classes, seed)
+    model.cls_token.mul_(recipe.embedding_std)
+    model.pos_embedding.mul_(recipe.embedding_std)
+    if recipe.pooled_start:
+        start_pooled(model.stem.project.weight)
+    if recipe.whitened_start:
+        pictures = dataset.train_images[:WHITENING_PICTURES].cpu()
+        start_whitened(model.stem.conv1.weight, Normalize(dataset.mean, dataset.std, "cpu")(pictures))
     return model.to(device)
 
 
-class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW in one fused kernel, told each step's rate and beta1 as kernels.adamw.AdamW is."""
+def start_pooled(weight):
+    """Make `weight` (C, S S) average each of the C = c c cells of an S x S map, its norm as it was."""
+    cells, side = math.isqrt(len(weight)), math.isqrt(weight.shape[1])
+    pixels = torch.eye(side * side).view(-1, side, side)  # (SS, S, S), a map for each place
+    pooled = F.adaptive_avg_pool2d(pixels, cells).flatten(1).T  # (SS, S, S) -> (SS, c, c) -> (C, SS)
+    weight.copy_(pooled * (weight.norm() / pooled.norm()))
 
-    def prepare(self, lr, momentum):
-        for group in self.param_groups:
-            group["lr"], group["betas"] = lr, (momentum, group["betas"][1])
+
+def start_whitened(weight, pictures):
+    """Make convolution kernels (O, 3, h, w) the strongest directions of the pictures' patches, each and its negative.
+
+    Their outputs on these pictures (N, 3, S, S), float32, are uncorrelated and of deviation WHITENED_STD. Page 2019,
+    "How to Train Your ResNet 8"; with negatives, Jordan 2024, arXiv:2404.00498.
+    """
+    count = len(weight) // 2
+    patches = F.unfold(pictures, weight.shape[2:]).transpose(1, 2).flatten(0, 1).double()  # (N, 3hw, P) -> (NP, 3hw)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))  # ascending
+    kernels = directions / (variances + WHITENING_FLOOR).sqrt()  # (3hw, 3hw), a column a direction
+    kernels = WHITENED_STD * kernels.flip(1)[:, :count].T.view(count, *weight.shape[1:])
+    weight[: 2 * count] = torch.cat([kernels, -kernels]).float()
 
 
 def build_optimizer(recipe, model, triton=False):
-    """AdamW with decay on matrices and convolution kernels alone; as a Triton kernel if `triton`."""
-    embeddings = {id(p) for p in model.parameters(recurse=False)}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    """The recipe's optimizer for a model: AdamW, or Muon with AdamW beside it; as Triton kernels if `triton`."""
     if triton:
-        from kernels import adamw  # Triton is not on every platform
-
-        return adamw.AdamW(decayed, others, recipe.weight_decay, recipe.beta2, recipe.eps)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=recipe.max_lr, betas=(recipe.max_momentum, recipe.beta2), eps=recipe.eps, fused=True)
+        from kernels.adamw import AdamW as adamw  # Triton is not on every platform
+        from kernels.muon import Muon as muon
+    else:
+        adamw, muon = AdamW, Muon
+    embeddings = {id(p) for p in model.parameters(recurse=False)}
+    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    if recipe.optimizer == "adamw":
+        return adamw(matrices, others, recipe.weight_decay, recipe.beta2, recipe.eps)
+    hidden = [p for p in matrices if p is not model.head.weight]
+    beside = adamw([], [*others, model.head.weight], 0.0, recipe.beta2, recipe.eps)
+    qkv = {id(block.attention.qkv.weight) for block in model.blocks}
+    return MuonAndAdamW(muon(hidden, [3 if id(p) in qkv else 1 for p in hidden], recipe.weight_decay), beside, recipe.adamw_share)

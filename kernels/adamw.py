@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.flat import FlatOptimizer
+
 BLOCK = 1024
 
 
@@ -38,42 +40,30 @@ def adamw_kernel(
     tl.store(square_ptr + i, v, mask=i < N)
 
 
-class AdamW:
-    """AdamW for float32 parameters on one device, `decayed` with `weight_decay` and `others` without.
-
-    The parameters become views of one tensor. `prepare` tells the device the next step's rate and beta1; `step`, which
-    reads nothing from the host, makes it.
-    """
+class AdamW(FlatOptimizer):
+    """AdamW, `decayed` with `weight_decay` and `others` without; `prepare` comes before every step."""
 
     def __init__(self, decayed, others, weight_decay, beta2, eps):
-        self.parameters = [*decayed, *others]
+        super().__init__([*decayed, *others], settings=4)
         self.decayed = sum(p.numel() for p in decayed)
         self.weight_decay, self.beta2, self.eps, self.count = weight_decay, beta2, eps, 0
-        self.flat = torch.cat([p.detach().flatten() for p in self.parameters])
-        for parameter, piece in zip(self.parameters, self.flat.split([p.numel() for p in self.parameters])):
-            parameter.data = piece.view(parameter.shape)
-        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
-        self.settings = torch.zeros(4, device=self.flat.device)
+        self.square = torch.zeros_like(self.flat)
 
     def prepare(self, lr, momentum):
         self.count += 1
-        settings = [lr, momentum, 1 - momentum**self.count, 1 - self.beta2**self.count]
-        self.settings.copy_(torch.tensor(settings), non_blocking=True)
-
-    def zero_grad(self):
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.tell(lr, momentum, 1 - momentum**self.count, 1 - self.beta2**self.count)
 
     def step(self):
-        gradient = torch.cat([p.grad.flatten() for p in self.parameters])
         numbers = len(self.flat), self.decayed, self.weight_decay, self.beta2, self.eps
         with torch.cuda.device_of(self.flat):
-            adamw_kernel[(triton.cdiv(len(self.flat), BLOCK),)](gradient, self.settings, self.flat, self.mean, self.square, *numbers, BLOCK)
+            adamw_kernel[(triton.cdiv(len(self.flat), BLOCK),)](
+                self.gradient(), self.settings, self.flat, self.mean, self.square, *numbers, BLOCK
+            )
 
     def state_dict(self):
-        return {"count": self.count, "mean": self.mean, "square": self.square}
+        return {**super().state_dict(), "count": self.count, "square": self.square}
 
     def load_state_dict(self, state):
+        super().load_state_dict(state)
         self.count = state["count"]
-        self.mean.copy_(state["mean"])
         self.square.copy_(state["square"])

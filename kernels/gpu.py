@@ -9,11 +9,13 @@ import copy
 
 import torch
 
+import optimizers
 from kernels import plain
 from kernels.adamw import AdamW
 from kernels.attention import FusedAttention
 from kernels.augment import augment
 from kernels.mlp import FusedFeedForward
+from kernels.muon import Muon
 from kernels.stem import FusedStem
 
 
@@ -96,7 +98,8 @@ def check(model, augmenter, dtype):
         "attention": lambda: compare_module(attention, block.attention, "forward", tokens, random),
         "feed-forward": lambda: compare_module(feed_forward, block.feed_forward, "forward", tokens, random),
         "augmentation": lambda: compare_augmentation(augmenter, images, dtype),
-        "AdamW": lambda: compare_adamw(tokens.detach().float()),
+        "AdamW": lambda: compare_optimizers((AdamW, optimizers.AdamW), ([], 0.1, 0.99, 1e-8), tokens),
+        "Muon": lambda: compare_optimizers((Muon, optimizers.Muon), ([3], 0.1), tokens.transpose(0, 1)),
     }
     for name, compared in checks.items():
         try:
@@ -130,19 +133,15 @@ def compare_augmentation(augmenter, images, dtype):
     yield augment(augmenter, pictures, indices, draws, dtype), augmenter.apply(pictures[indices], draws)
 
 
-def compare_adamw(values):
-    """(got, wanted) for fp32 parameters, and how far they moved, after two steps."""
-    moved = []
-    for build in (
-        lambda p: AdamW([p], [], weight_decay=0.1, beta2=0.99, eps=1e-8),
-        lambda p: torch.optim.AdamW([p], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1),
-    ):
+def compare_optimizers(kinds, settings, tokens):
+    """(got, wanted): how far two steps of two optimizers move a parameter that starts as `tokens`."""
+    values, moved = tokens.detach().float().contiguous(), []
+    for kind in kinds:
         parameter = values.clone().requires_grad_()
-        optimizer = build(parameter)
+        optimizer = kind([parameter], *settings)
         for power in (1, 3):
             parameter.grad = values**power
-            if isinstance(optimizer, AdamW):
-                optimizer.prepare(0.1, 0.9)
+            optimizer.prepare(0.1, 0.9)
             optimizer.step()
         moved.append(parameter.detach() - values)
     yield moved

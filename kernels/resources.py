@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adamw, attention, augment, mlp, stem
+from kernels import adamw, attention, augment, mlp, muon, stem
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,6 +24,7 @@ KINDS = {
     **dict.fromkeys(("indices_ptr", "offsets_ptr", "corners_ptr"), "*i64"),
     **dict.fromkeys(("flipped_ptr", "warped_ptr", "cut_ptr"), "*i1"),
     "pictures_ptr": "*u8",
+    "layout_ptr": "*i32",
 }
 REALS = {"scale", "decay", "beta2", "eps"}  # numbers that are no counts
 COLUMNS = "kernel", "dtype", "target", "registers", "spilled_bytes", "shared_bytes", "matrix_instructions", "instructions"
@@ -47,11 +48,14 @@ def cases(dtype):
         yield f"augment {recipe}", augment.augment_kernel, {"BORDER": "reflect", "FLIP": True, "PIXELS": 1024, **steps}
     if dtype == torch.float32:  # parameters are in no other
         yield "adamw", adamw.adamw_kernel, {"BLOCK": adamw.BLOCK}
+        yield "muon", muon.muon_kernel, {"SIDE": 64, "PRODUCTS": "tf32x3", **muon.OPTIONS}
 
 
 def compile_for(kernel, constants, dtype_name, target):
     """`kernel` compiled for a target of TARGETS, as a launch would compile it."""
     working = {"bf16": "*bf16", "fp32": "*fp32"}[dtype_name]
+    if "PRODUCTS" in constants and target.startswith("gfx"):
+        constants = {**constants, "PRODUCTS": "ieee"}
     if "DTYPE" in kernel.arg_names:
         constants = {**constants, "DTYPE": dtype_name}
     signature = {}

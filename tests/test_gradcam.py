@@ -24,7 +24,7 @@ GRADIENT_METHODS = list(gradcam.GRADIENT_METHODS)
 
 
 def make_model(seed=1):
-    return build_model(RECIPES["default"], 10, seed, "cpu").eval()
+    return build_model(RECIPES["default"], data.load_shapes(train=100, test=1), seed, "cpu").eval()
 
 
 def pictures(count, seed=0):

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 
 import kernels
+import optimizers
 from augment import Augmentation, Augmenter, Normalize
 from cli import UsageError
 from engine import Runtime, StepGraphs
-from kernels import adamw, attention, functions, gpu, mlp, plain, stem
+from kernels import adamw, attention, functions, gpu, mlp, muon, plain, stem
 from kernels.augment import augment
-from recipe import RECIPES, AdamW
+from recipe import RECIPES
 from conftest import make_trainer, small_recipe
 from vit import Attention, FeedForward, ViT
 
@@ -268,15 +269,53 @@ def test_ten_steps_of_training(small_there):
     assert losses["triton"][0] != losses["triton"][9]
 
 
+@pytest.mark.parametrize(
+    "shapes, stacked", [([(64, 64), (192, 64), (64, 256), (32, 3, 3, 3), (32, 32, 2, 2)], [1, 3, 1, 1, 1]), ([(5, 3), (140, 3), (1, 1)], [1, 2, 1])]
+)
+def test_muon(shapes, stacked):
+    """Ten steps under a moving rate and momentum against float64, and from a state that was saved; nothing else is written."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    exact, plain, ours = [p.double().requires_grad_() for p in start], *([p.clone().requires_grad_() for p in start] for _ in range(2))
+    each = [optimizers.Muon(exact, stacked, 0.1), optimizers.Muon(plain, stacked, 0.1), muon.Muon(ours, stacked, 0.1)]
+    for i in range(10):
+        gradients = [torch.randn_like(p) * 10.0 ** torch.randint(-6, 3, (), device=DEVICE) for p in start]
+        if i == 5:
+            saved, before = copy.deepcopy(each[2].state_dict()), [p.detach().clone() for p in ours]
+            each[2].prepare(0.3, 0.5)
+            each[2].step()
+            each[2].load_state_dict(saved)
+            with torch.no_grad():
+                for parameter, value in zip(ours, before):
+                    parameter.copy_(value)
+        for optimizer, parameters in zip(each, (exact, plain, ours)):
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient.to(p.dtype)
+            optimizer.prepare(0.1 / (i + 1), 0.95 - 0.01 * i)
+            optimizer.step()
+        for wanted, theirs, got in zip(exact, plain, ours):
+            error, allowed = (got - wanted).abs().max().item(), (theirs - wanted).abs().max().item()
+            assert error <= 2 * allowed + 1e-4, (i, tuple(wanted.shape))
+    assert all((p - q).abs().max() > 0.1 for p, q in zip(ours, start))
+
+
+def test_muon_leaves_a_matrix_of_zero_gradient_where_it_is():
+    parameters = [torch.ones(4, 6, device=DEVICE).requires_grad_() for _ in range(2)]
+    optimizer = muon.Muon(parameters, [1, 1], 0.0)
+    for p, value in zip(parameters, (0.0, 1.0)):
+        p.grad = torch.full_like(p, value)
+    optimizer.prepare(0.1, 0.9)
+    optimizer.step()
+    assert (parameters[0] == 1).all() and (parameters[1] < 1).all()
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_adamw(weight_decay):
     """Ten steps under a moving rate and beta1 against torch.optim.AdamW, and from a state that was saved."""
     torch.manual_seed(0)
     theirs = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in [(40, 30), (3, 2, 2, 2), (7,), ()]]
     ours = [p.detach().clone().requires_grad_() for p in theirs]
-    groups = [{"params": theirs[:2], "weight_decay": weight_decay}, {"params": theirs[2:], "weight_decay": 0.0}]
-    reference = AdamW(groups, betas=(0.9, 0.99), eps=1e-8)
-    optimizer = adamw.AdamW(ours[:2], ours[2:], weight_decay, 0.99, 1e-8)
+    reference, optimizer = (build(p[:2], p[2:], weight_decay, 0.99, 1e-8) for build, p in ((optimizers.AdamW, theirs), (adamw.AdamW, ours)))
     for i in range(10):
         for a, b in zip(theirs, ours):
             a.grad = torch.randn_like(a) * 10.0 ** torch.randint(-6, 3, a.shape, device=DEVICE)
@@ -435,13 +474,17 @@ def test_the_self_check_passes(dtype):
     assert gpu.check(random_module(ViT()), augmenter(), dtype) is None
 
 
-@pytest.mark.parametrize("name", ["stem", "feed_forward", "augment", "AdamW"])
+@pytest.mark.parametrize("name", ["stem", "feed_forward", "augment", "AdamW", "Muon"])
 def test_the_self_check_sees_every_kernel(name, monkeypatch):
     right = getattr(gpu, name)
 
-    class Wrong(adamw.AdamW):
-        def prepare(self, lr, momentum):
-            super().prepare(1.01 * lr, momentum)
+    def wrong(*arguments):
+        if name not in ("AdamW", "Muon"):
+            return right(*arguments) * 1.01
+        optimizer = right(*arguments)
+        prepare = optimizer.prepare
+        optimizer.prepare = lambda lr, momentum: prepare(1.01 * lr, momentum)
+        return optimizer
 
-    monkeypatch.setattr(gpu, name, Wrong if name == "AdamW" else lambda *arguments: right(*arguments) * 1.01)
+    monkeypatch.setattr(gpu, name, wrong)
     assert "kernel is off by" in gpu.check(random_module(ViT()), augmenter(), torch.float32)

@@ -39,7 +39,7 @@ def fifty_steps(torchrun):
     recipe = dataclasses.replace(RECIPES["original"], batch_size=64, max_lr=0.003)
     runtime = Runtime("cpu", "fp32", torchrun=torchrun)
     normalize = augment.Normalize(dataset.mean, dataset.std, "cpu")
-    trainer, losses = Trainer(build_model(recipe, 10, 1, "cpu"), dataset, recipe, runtime, normalize, 1), []
+    trainer, losses = Trainer(build_model(recipe, dataset, 1, "cpu"), dataset, recipe, runtime, normalize, 1), []
     step = trainer.step
 
     def noted(indices, *arguments):
