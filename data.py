@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,7 @@ ARCHIVES = {
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
 CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
 SHAPES_TRAIN, SHAPES_TEST, SHAPES_SEED = 50_000, 10_000, 0
+HOLD_OUT_SEED = 0
 
 NOT_CIFAR = """
 {stars}
@@ -151,6 +152,24 @@ def load(source="auto", data_dir="./data", device="cpu"):
         raise UsageError(f"--data {source}: neither a folder that exists nor one of auto, {', '.join(ARCHIVES)}, shapes")
     moved = {name: value.to(device) for name, value in vars(dataset).items() if torch.is_tensor(value)}
     return Dataset(**{**vars(dataset), **moved})
+
+
+def hold_out(dataset, count):
+    """The Dataset whose test pictures are `count` of the training pictures, which are trained on no more: always the same ones.
+
+    Raises UsageError where that leaves nothing to train on.
+    """
+    total = len(dataset.train_images)
+    if count >= total:
+        raise UsageError(f"--val-split {count}: {dataset.name} has {total} training pictures, and some must be left to train on")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(HOLD_OUT_SEED)).to(dataset.train_images.device)
+    train, held = order[count:], order[:count]
+    split = {"name": f"{dataset.name}-val{count}"}
+    for kind in ("images", "labels", "masks"):
+        of_train = getattr(dataset, f"train_{kind}")
+        for part, chosen in (("train", train), ("test", held)):
+            split[f"{part}_{kind}"] = None if of_train is None else of_train[chosen]
+    return replace(dataset, **split)
 
 
 def load_for(content, source=None, data_dir="./data", device="cpu"):

@@ -36,7 +36,7 @@ from cli import (
 )  # fmt: skip
 from engine import Runtime, Trainer, predict, score, versions
 from files import replacing, sweep, write_csv
-from recipe import RECIPES, Recipe, build_model
+from recipe import RECIPES, Recipe, build_model, changed
 
 ROW = "{:>5} {:>10} {:>8} {:>10} {:>9} {:>9} {:>8} {:>7}"
 HEADER = ROW.format("epoch", "lr", "momentum", "train loss", "acc %", "test loss", "acc %", "seconds")
@@ -54,7 +54,9 @@ def parse():
     parser.add_argument("--epochs", type=positive_int, help=f"passes over the training pictures {of_recipes('epochs')}")
     parser.add_argument("--batch-size", type=positive_int, help=f"pictures a step {of_recipes('batch_size')}")
     parser.add_argument("--max-lr", type=positive_float, help=f"the schedule's peak learning rate {of_recipes('max_lr')}")
+    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any other setting of recipe.py, or of its augmentation; may be repeated (default: the recipe's)")
     add_data_arguments(parser)
+    parser.add_argument("--val-split", type=positive_int, metavar="N", help="hold N training pictures out and evaluate on them instead of the test pictures (default: none)")
     add_device_arguments(parser)
     parser.add_argument("--seed", type=seed_int, default=1, help="of the weights, the order of pictures and the augmentation")
     parser.add_argument("--runs", type=positive_int, default=1, help="train this many seeds, counting up from --seed")
@@ -70,12 +72,17 @@ def main():
     arguments, given = parse()
     if arguments.resume:
         return resume(arguments.resume, given)
-    overrides = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "max_lr") if getattr(arguments, name)}
-    recipe = dataclasses.replace(RECIPES[arguments.recipe], **overrides)
+    overrides = [f"{name}={getattr(arguments, name)}" for name in ("epochs", "batch_size", "max_lr") if getattr(arguments, name)]
+    try:
+        recipe = changed(RECIPES[arguments.recipe], [*(arguments.set or []), *overrides])
+    except ValueError as error:
+        raise UsageError(f"--set {error}") from None
     runtime = Runtime(arguments.device, arguments.precision, arguments.kernels, torchrun=True)
     output_folder(arguments.out / "runs")
     with runtime.ranks.in_turn():
         dataset = data.load(arguments.data, arguments.data_dir, runtime.device)
+    if arguments.val_split:
+        dataset = data.hold_out(dataset, arguments.val_split)
     count = len(dataset.train_images)
     if recipe.batch_size > count:
         raise UsageError(f"--batch-size {recipe.batch_size} is larger than the {count} training pictures of {dataset.name}")
@@ -86,6 +93,8 @@ def main():
         "data": dataset.source,
         "data_dir": arguments.data_dir,
         "dataset": dataset.name,
+        "val_split": arguments.val_split,
+        "set": arguments.set,
         "device": runtime.describe(),
         "precision": runtime.precision,
         "kernels": arguments.kernels,
@@ -132,6 +141,8 @@ def resume(kept, given):
         runtime = Runtime(device, config["precision"], config["kernels"], torchrun=True)
         with runtime.ranks.in_turn():
             dataset = data.load(config["data"], config["data_dir"], runtime.device)
+        if config.get("val_split"):
+            dataset = data.hold_out(dataset, config["val_split"])
         if [list(dataset.class_names), list(dataset.mean), list(dataset.std)] != [content[name] for name in ("class_names", "mean", "std")]:
             raise UsageError(f"{path} was trained on other pictures than {dataset.source} now holds")
         now = {"versions": versions(), "git_commit": git_commit(), "device": runtime.describe()}
@@ -172,7 +183,7 @@ def train(recipe, dataset, runtime, config, folder, content=None):
     history, best, spent = [], 0.0, 0.0
     with understood(folder / "last.pt") if content else contextlib.nullcontext():
         seed, max_steps, save_every = config["seed"], config["max_steps"] or math.inf, config["save_every"] or math.inf
-        model = build_model(recipe, dataset.num_classes, seed, runtime.device)
+        model = build_model(recipe, dataset, seed, runtime.device)
         normalize = Normalize(dataset.mean, dataset.std, runtime.device)
         trainer = Trainer(model, dataset, recipe, runtime, normalize, seed)
         total = min(trainer.schedule.total_steps, max_steps)

@@ -311,3 +311,13 @@ def test_statistics_are_exact():
     mean, std = data.statistics(images)
     exact = images.double().div(255).transpose(0, 1).flatten(1)
     assert mean == pytest.approx(exact.mean(1).tolist(), rel=1e-12) and std == pytest.approx(exact.std(1, correction=0).tolist(), rel=1e-12)
+
+
+def test_held_out_pictures_are_train_pictures_that_are_trained_on_no_more(small):
+    held = data.hold_out(small, 60)
+    assert (len(held.train_images), len(held.test_images), held.name) == (240, 60, "shapes-val60")
+    rows = lambda images, labels, masks: {(*image.flatten().tolist(), label.item(), *mask.flatten().tolist()) for image, label, mask in zip(images, labels, masks)}
+    train, val = (rows(*(getattr(held, f"{part}_{kind}") for kind in ("images", "labels", "masks"))) for part in ("train", "test"))
+    assert not train & val and train | val == rows(small.train_images, small.train_labels, small.train_masks)
+    assert torch.equal(held.test_images, data.hold_out(small, 60).test_images) and (held.mean, held.std) == (small.mean, small.std)
+    assert set(map(tuple, data.hold_out(small, 30).test_images.flatten(1).tolist())) <= set(map(tuple, held.test_images.flatten(1).tolist()))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CIFAR_COPY, make_trainer, small_recipe
+from conftest import CIFAR_COPY, make_trainer, run_folder, small_recipe
 
 import checkpoint
 import data
@@ -24,7 +24,7 @@ from cli import RunError, UsageError
 from engine import Runtime
 from files import replacing
 from kernels import cpu
-from recipe import RECIPES, Recipe, build_model
+from recipe import RECIPES, Recipe, build_model, changed
 from vit import ViT
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_training_is_the_plain_loop(small):
     """Two epochs against torch's own scheduler, autograd's L1 term and the module called as it stands."""
     recipe = small_recipe(max_lr=0.003)
     trainer, normalize = make_trainer(small, recipe, precision="fp32", kernels_name="torch")
-    plain = build_model(recipe, 10, 1, "cpu")
+    plain = build_model(recipe, small, 1, "cpu")
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 0.003, total_steps=6, pct_start=5 / 24, div_factor=10, final_div_factor=10, anneal_strategy="linear"
@@ -128,9 +128,9 @@ def test_same_seed_same_bits_and_another_seed_others(small, precision):
     assert told == told_again and torch.equal(bits, bits_again) and not torch.equal(bits, other)
 
 
-def test_building_a_model_leaves_the_global_random_state():
+def test_building_a_model_leaves_the_global_random_state(small):
     before = torch.random.get_rng_state()
-    build_model(RECIPES["default"], 10, 5, "cpu")
+    build_model(RECIPES["default"], small, 5, "cpu")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -151,7 +151,33 @@ def test_original_recipe_is_to_the_letter():
     )  # fmt: skip
 
 
+def test_a_recipe_may_be_changed_field_by_field():
+    """Every field of either class, whatever its kind; what is not named stays, and so does the recipe itself."""
+    before = RECIPES["original"]
+    recipe = changed(before, ["max_lr=1e-2", "epochs=3", "pooled_start=True", "optimizer=muon", "flip=alternating", "crop_padding=2"])
+    augmentation = dataclasses.replace(before.augmentation, flip="alternating", crop_padding=2)
+    expected = dict(max_lr=0.01, epochs=3, pooled_start=True, optimizer="muon", augmentation=augmentation)
+    assert recipe == dataclasses.replace(before, **expected) and type(recipe.epochs) is int and before == RECIPES["original"]
+    for recipe in RECIPES.values():
+        settings = dataclasses.asdict(recipe)
+        settings |= settings.pop("augmentation")
+        assert changed(recipe, [f"{name}={value}" for name, value in settings.items()]) == recipe
+
+
 # --- runs and their files ---
+
+
+def test_a_run_on_held_out_pictures_never_sees_the_test_pictures(small, monkeypatch, tmp_path, invoke):
+    blind = dataclasses.replace(small, test_images=small.test_images[:0], test_labels=small.test_labels[:0])
+    monkeypatch.setattr(data, "load_shapes", lambda: blind)
+    arguments = ["--data", "shapes", "--out", tmp_path, "--epochs", 1, "--batch-size", 100, "--val-split", 50, "--set", "max_lr=0.01"]
+    status, out, err = invoke(train, arguments)
+    assert (status, err) == (0, "") and "shapes-val50: 250 train, 50 test" in out and "max_lr 0.01" in out
+    folder = run_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["val_split"], config["set"], config["settings"]["max_lr"]) == (50, ["max_lr=0.01"], 0.01)
+    status, out, err = invoke(train, ["--resume", folder])
+    assert (status, err) == (0, "") and "is finished" in out and "shapes-val50" in out
 
 
 def test_runs_are_kept_apart_and_summed_up(small_shapes, tmp_path, invoke):
@@ -268,7 +294,7 @@ def test_without_bf16_or_glibc_the_run_goes_on(small, monkeypatch):
 
 def test_flip_tta_averages_the_mirrored_logits(small):
     runtime, normalize = Runtime("cpu", "fp32"), Normalize(small.mean, small.std, "cpu")
-    model = build_model(RECIPES["default"], 10, 1, "cpu")
+    model = build_model(RECIPES["default"], small, 1, "cpu")
     plain, mirrored = (engine.predict(runtime, model, normalize, images) for images in (small.test_images, small.test_images.flip(3)))
     both = engine.predict(runtime, model, normalize, small.test_images, tta=True)
     assert torch.allclose(both, (plain + mirrored) / 2, rtol=0, atol=1e-6) and not torch.allclose(both, plain, rtol=0, atol=1e-3)
