@@ -72,6 +72,22 @@ def curves(history, schedule, steps_per_epoch, title):
     return made
 
 
+def comparison(runs, title):
+    """Test accuracy by epoch: `runs` is name -> list of runs, each a list of percents, one an epoch; a colour a name."""
+    made = figure(8, 4.5)
+    axes = made.subplots()
+    for (name, of_name), colour in zip(runs.items(), (NEUTRAL, TEST, TRAIN)):
+        last = [values[-1] for values in of_name]
+        for i, values in enumerate(of_name):
+            label = f"{literal(name)}: {sum(last) / len(last):.2f} % at the end, n = {len(last)}" if i == 0 else None
+            axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1, alpha=0.8, label=label)
+    axes.set(title=literal(title), xlabel="epochs passed", ylabel="test accuracy, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    return made
+
+
 def confusion(matrix, class_names, title):
     """A confusion matrix (K, K; rows actual, columns predicted), coloured by the share of the actual class."""
     K = len(class_names)

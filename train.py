@@ -110,7 +110,7 @@ def main():
         name = f"{arguments.recipe}-{dataset.name}-seed{seed}"
         folder, begun = runtime.ranks.share(run_folder(arguments.out / "runs", name, seed) if runtime.ranks.rank == 0 else None)
         content = checkpoint.load(folder / "last.pt", "cpu")[1] if begun else None
-        histories.append(train(recipe, dataset, runtime, {**config, "seed": seed}, folder, content))
+        histories.append(Run(recipe, dataset, runtime, {**config, "seed": seed}, folder, content).train())
     if arguments.runs > 1:
         print(summary(histories, dataset.name))
 
@@ -141,7 +141,7 @@ def resume(kept, given):
         runtime = Runtime(device, config["precision"], config["kernels"], torchrun=True)
         with runtime.ranks.in_turn():
             dataset = data.load(config["data"], config["data_dir"], runtime.device)
-        if config.get("val_split"):
+        if config["val_split"]:
             dataset = data.hold_out(dataset, config["val_split"])
         if [list(dataset.class_names), list(dataset.mean), list(dataset.std)] != [content[name] for name in ("class_names", "mean", "std")]:
             raise UsageError(f"{path} was trained on other pictures than {dataset.source} now holds")
@@ -150,7 +150,7 @@ def resume(kept, given):
         print_header(config, dataset, recipe)
     if others and runtime.ranks.rank == 0:
         print(f"warning: the run may end with other bits: {'; '.join(others)}", file=sys.stderr)
-    train(recipe, dataset, runtime, config, path.parent, content)
+    Run(recipe, dataset, runtime, config, path.parent, content).train()
 
 
 @contextlib.contextmanager
@@ -173,103 +173,124 @@ def refuse_others(given, began, folder):
             raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {began[name]}, and goes on with that")
 
 
-def train(recipe, dataset, runtime, config, folder, content=None):
-    """One run with config["seed"], from its start or from a last.pt's content, to its end; returns its history.
+class Run:
+    """One run with config["seed"], from its start or from a last.pt's content; `train` leads it to its end.
 
-    Trains, evaluates after every epoch, and writes the run's files: last.pt after all others that go with it, so that
-    what a kill leaves undone is done again.
+    Of its files, last.pt is written after all others that go with it, so that what a kill leaves undone is done again.
     """
-    writes, command = runtime.ranks.rank == 0, f"{runtime.ranks.launcher()} train.py --resume {folder}"
-    history, best, spent = [], 0.0, 0.0
-    with understood(folder / "last.pt") if content else contextlib.nullcontext():
-        seed, max_steps, save_every = config["seed"], config["max_steps"] or math.inf, config["save_every"] or math.inf
-        model = build_model(recipe, dataset, seed, runtime.device)
-        normalize = Normalize(dataset.mean, dataset.std, runtime.device)
-        trainer = Trainer(model, dataset, recipe, runtime, normalize, seed)
-        total = min(trainer.schedule.total_steps, max_steps)
-        if content:
-            model.load_state_dict(content["model"])
-            trainer.load_state_dict(content["progress"]["trainer"])
-            history, spent = list(content["progress"]["history"]), content["progress"]["seconds"]
-            best = max((row["test_accuracy"] for row in history), default=0.0)
-        step = len(history) * trainer.steps_per_epoch + (0 if trainer.order is None else trainer.done)
 
-    def save():
-        """Keep all that is needed to go on from here; one rank has what every other has."""
-        between = trainer.order is None  # epochs
-        progress = {"trainer": trainer.state_dict(), "history": history, "seconds": 0.0 if between else time.perf_counter() - started}
-        accuracy = history[-1]["test_accuracy"] if between and history else None
-        checkpoint.save(folder / "last.pt", model, dataset, config, len(history), accuracy, progress)
+    def __init__(self, recipe, dataset, runtime, config, folder, content=None):
+        self.recipe, self.dataset, self.runtime, self.config, self.folder = recipe, dataset, runtime, config, folder
+        self.writes, self.resumed = runtime.ranks.rank == 0, content is not None
+        self.command = f"{runtime.ranks.launcher()} train.py --resume {folder}"
+        self.history, self.spent = [], 0.0  # and the seconds that the running epoch took before this process
+        with understood(folder / "last.pt") if content else contextlib.nullcontext():
+            self.seed, self.max_steps, self.save_every = config["seed"], config["max_steps"] or math.inf, config["save_every"] or math.inf
+            self.model = build_model(recipe, dataset, self.seed, runtime.device)
+            self.normalize = Normalize(dataset.mean, dataset.std, runtime.device)
+            self.trainer = Trainer(self.model, dataset, recipe, runtime, self.normalize, self.seed)
+            self.total = min(self.trainer.schedule.total_steps, self.max_steps)
+            if content:
+                self.model.load_state_dict(content["model"])
+                self.trainer.load_state_dict(content["progress"]["trainer"])
+                self.history, self.spent = list(content["progress"]["history"]), content["progress"]["seconds"]
+            self.best = max((row["test_accuracy"] for row in self.history), default=0.0)
+            self.begun = len(self.history) * self.trainer.steps_per_epoch + (0 if self.trainer.order is None else self.trainer.done)
 
-    def after_step(made):
-        bar.update(made)
-        step = done + made
-        if writes and (stop.number or step % save_every == 0):
-            save()
-        if writes and stop.number:
-            bar.clear()
-            raise Stopped(stop.number, f"step {step} of {total} is saved, go on with: {command}")
+    def train(self):
+        """Train, evaluate after every epoch, write the run's files; returns the history."""
+        if self.begun >= self.total and self.trainer.order is None:
+            print(f"\n{self.folder} is finished: nothing is left to do")
+        else:
+            onward = f", on from step {self.begun} of {self.total}" * self.resumed
+            print(f"\nseed {self.seed}, {self.dataset.name}, {self.folder}{onward}\n{HEADER}", flush=True)
+        with Stop() as stop:
+            if self.resumed and self.writes:
+                sweep(self.folder)
+            elif self.writes:
+                write_json(self.folder / "config.json", self.config)
+                self.save()
+            for epoch in range(len(self.history), self.recipe.epochs):
+                done = epoch * self.trainer.steps_per_epoch
+                if done >= self.max_steps:
+                    break
+                steps = min(self.trainer.steps_per_epoch, self.max_steps - done)
+                self.history.append(self.epoch(epoch, steps, stop))
+                self.tell()
+                self.keep(finished=done + steps == self.total)
+        last, top = self.history[-1], max(self.history, key=lambda row: row["test_accuracy"])
+        print(f"last epoch: {last['test_accuracy']:.2f} % on the test pictures of {self.dataset.name} (epoch {last['epoch']})")
+        print(f"best epoch: {top['test_accuracy']:.2f} % (epoch {top['epoch']}; picked by its test accuracy, so a little flattered)", flush=True)
+        if stop.number:
+            raise Stopped(stop.number, f"{self.folder} is finished")
+        return self.history
 
-    if step >= total and trainer.order is None:
-        print(f"\n{folder} is finished: nothing is left to do")
-    else:
-        print(f"\nseed {seed}, {dataset.name}, {folder}" + f", on from step {step} of {total}" * bool(content) + f"\n{HEADER}", flush=True)
-    with Stop() as stop:
-        if content and writes:
-            sweep(folder)
-        elif writes:
-            write_json(folder / "config.json", config)
-            save()
-        for epoch in range(len(history), recipe.epochs):
-            done = epoch * trainer.steps_per_epoch
-            if done >= max_steps:
-                break
-            steps = min(trainer.steps_per_epoch, max_steps - done)
-            started, spent = time.perf_counter() - spent, 0.0
-            lr, momentum = trainer.schedule(done)
-            bar = Progress(f"epoch {epoch + 1}/{recipe.epochs}", steps)
-            try:
-                train_loss, train_accuracy = trainer.epoch(epoch, steps, after_step)
-                test_loss, test_accuracy = score(predict(runtime, model, normalize, dataset.test_images), dataset.test_labels)
-            except RunError as error:
-                if stop.number and not writes:
-                    raise Stopped(stop.number, "rank 0 says how to go on") from None
-                raise RunError(f"{error}; the last good state is kept: {command}") from None
-            seconds = time.perf_counter() - started
-            bar.clear()
-            history.append(
-                {
-                    "epoch": epoch + 1, "lr": lr, "momentum": momentum, "train_loss": train_loss, "train_accuracy": train_accuracy,
-                    "test_loss": test_loss, "test_accuracy": test_accuracy, "seconds": seconds,
-                }
-            )  # fmt: skip
-            print(
-                ROW.format(
-                    epoch + 1, f"{lr:.6f}", f"{momentum:.4f}", f"{train_loss:.4f}", f"{train_accuracy:.2f}",
-                    f"{test_loss:.4f}", f"{test_accuracy:.2f}", f"{seconds:.2f}",
-                )
-            )  # fmt: skip
-            improved = test_accuracy > best or epoch == 0
-            if improved:
-                print(f"      accuracy improved from {best:.2f} to {test_accuracy:.2f}, saving best.pt")
-                best = test_accuracy
-            if improved and writes:
-                checkpoint.save(folder / "best.pt", model, dataset, config, epoch + 1, best)
-                with replacing(folder.resolve().parent.parent / "best.pt") as temporary:
-                    shutil.copyfile(folder / "best.pt", temporary)
-            if writes:
-                write_csv(folder / "history.csv", history)
-                if done + steps == total:
-                    title = f"{dataset.name}, recipe {config['recipe']}, seed {seed}"
-                    plots.save(plots.curves(history, trainer.schedule, trainer.steps_per_epoch, title), folder / "curves.png")
-                save()
-            print(end="", flush=True)
-    top = max(history, key=lambda row: row["test_accuracy"])
-    print(f"last epoch: {history[-1]['test_accuracy']:.2f} % on the test pictures of {dataset.name} (epoch {history[-1]['epoch']})")
-    print(f"best epoch: {top['test_accuracy']:.2f} % (epoch {top['epoch']}; picked by its test accuracy, so a little flattered)", flush=True)
-    if stop.number:
-        raise Stopped(stop.number, f"{folder} is finished")
-    return history
+    def epoch(self, epoch, steps, stop):
+        """One pass, or what is left of it, and a look at the test pictures: a row of the history."""
+        self.started, self.spent = time.perf_counter() - self.spent, 0.0
+        done = epoch * self.trainer.steps_per_epoch
+        lr, momentum = self.trainer.schedule(done)
+        bar = Progress(f"epoch {epoch + 1}/{self.recipe.epochs}", steps)
+
+        def after_step(made):
+            bar.update(made)
+            step = done + made
+            if self.writes and (stop.number or step % self.save_every == 0):
+                self.save()
+            if self.writes and stop.number:
+                bar.clear()
+                raise Stopped(stop.number, f"step {step} of {self.total} is saved, go on with: {self.command}")
+
+        try:
+            train_loss, train_accuracy = self.trainer.epoch(epoch, steps, after_step)
+            logits = predict(self.runtime, self.model, self.normalize, self.dataset.test_images)
+        except RunError as error:
+            if stop.number and not self.writes:
+                raise Stopped(stop.number, "rank 0 says how to go on") from None
+            raise RunError(f"{error}; the last good state is kept: {self.command}") from None
+        test_loss, test_accuracy = score(logits, self.dataset.test_labels)
+        seconds = time.perf_counter() - self.started
+        bar.clear()
+        return {
+            "epoch": epoch + 1, "lr": lr, "momentum": momentum, "train_loss": train_loss, "train_accuracy": train_accuracy,
+            "test_loss": test_loss, "test_accuracy": test_accuracy, "seconds": seconds,
+        }  # fmt: skip
+
+    def tell(self):
+        """Print the history's last row."""
+        row = self.history[-1]
+        print(
+            ROW.format(
+                row["epoch"], f"{row['lr']:.6f}", f"{row['momentum']:.4f}", f"{row['train_loss']:.4f}", f"{row['train_accuracy']:.2f}",
+                f"{row['test_loss']:.4f}", f"{row['test_accuracy']:.2f}", f"{row['seconds']:.2f}",
+            )
+        )  # fmt: skip
+
+    def keep(self, finished):
+        """Write what an epoch leaves: best.pt if it is one, history.csv, curves.png if the run is finished, last.pt."""
+        epoch, accuracy = len(self.history), self.history[-1]["test_accuracy"]
+        if accuracy > self.best or epoch == 1:
+            print(f"      accuracy improved from {self.best:.2f} to {accuracy:.2f}, saving best.pt")
+            self.best = accuracy
+            if self.writes:
+                checkpoint.save(self.folder / "best.pt", self.model, self.dataset, self.config, epoch, accuracy)
+                with replacing(self.folder.resolve().parent.parent / "best.pt") as temporary:
+                    shutil.copyfile(self.folder / "best.pt", temporary)
+        if self.writes:
+            write_csv(self.folder / "history.csv", self.history)
+            if finished:
+                title = f"{self.dataset.name}, recipe {self.config['recipe']}, seed {self.seed}"
+                plots.save(plots.curves(self.history, self.trainer.schedule, self.trainer.steps_per_epoch, title), self.folder / "curves.png")
+            self.save()
+        print(end="", flush=True)
+
+    def save(self):
+        """Write last.pt: all that is needed to go on from here; one rank has what every other has."""
+        between = self.trainer.order is None  # epochs
+        seconds = 0.0 if between else time.perf_counter() - self.started
+        progress = {"trainer": self.trainer.state_dict(), "history": self.history, "seconds": seconds}
+        accuracy = self.history[-1]["test_accuracy"] if between and self.history else None
+        checkpoint.save(self.folder / "last.pt", self.model, self.dataset, self.config, len(self.history), accuracy, progress)
 
 
 def summary(histories, dataset_name):

@@ -13,8 +13,8 @@ from kernels.flat import FlatOptimizer
 from kernels.functions import padded
 from optimizers import COEFFICIENTS, EPS
 
-OPTIONS = {"num_warps": 8}
-# Three TF32 products of high and low halves are nearly an fp32 one; IEEE ones spill seven times as much on NVIDIA's, and
+CHUNK, OPTIONS = 16, {"num_warps": 4}  # of those tried, what spills least
+# Three TF32 products of high and low halves are nearly an fp32 one; IEEE ones spill many times as much on NVIDIA's, and
 # AMD's matrix cores take fp32 as it is.
 PRODUCTS = "ieee" if torch.version.hip else "tf32x3"
 
@@ -36,20 +36,20 @@ def muon_kernel(
     layout_ptr,  # (programs, 3), int32: where a matrix begins, its rows, its columns
     parameter_ptr, mean_ptr,  # (N,), changed in place
     decay, eps, steps,
-    SIDE: tl.constexpr, PRODUCTS: tl.constexpr,
+    SIDE: tl.constexpr, CHUNK: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     layout_ptr += 3 * tl.program_id(0)
     begin, rows, columns = tl.load(layout_ptr), tl.load(layout_ptr + 1), tl.load(layout_ptr + 2)
     lr, momentum = tl.load(settings_ptr), tl.load(settings_ptr + 1)
     n, m = tl.minimum(rows, columns), tl.maximum(rows, columns)
     step_n, step_m = tl.where(rows <= columns, columns, 1), tl.where(rows <= columns, 1, columns)  # a tall matrix is read across
-    row, column = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+    row, column = tl.arange(0, SIDE)[:, None], tl.arange(0, CHUNK)[None, :]
     square = tl.zeros((SIDE, SIDE), tl.float32)
-    for start in range(0, m, SIDE):
+    for start in range(0, m, CHUNK):
         i, mask = begin + row * step_n + (start + column) * step_m, (row < n) & (start + column < m)
         _, u = update_at(gradient_ptr, mean_ptr, i, mask, momentum)
         square += tl.dot(u, tl.trans(u), input_precision=PRODUCTS)
-    eye = tl.where(row == column, 1.0, 0.0)
+    eye = tl.where(row == tl.arange(0, SIDE)[None, :], 1.0, 0.0)
     norm = tl.sqrt(tl.sum(square * eye)) + eps
     square, product = square / (norm * norm), eye
     for step in range(steps):
@@ -58,7 +58,7 @@ def muon_kernel(
         product = tl.dot(q, product, input_precision=PRODUCTS)
         square = tl.dot(tl.dot(q, square, input_precision=PRODUCTS), q, input_precision=PRODUCTS)
     size = lr * tl.sqrt(tl.maximum(rows / columns, 1.0)) / norm
-    for start in range(0, m, SIDE):
+    for start in range(0, m, CHUNK):
         i, mask = begin + row * step_n + (start + column) * step_m, (row < n) & (start + column < m)
         mean, u = update_at(gradient_ptr, mean_ptr, i, mask, momentum)
         p = tl.load(parameter_ptr + i, mask=mask, other=0.0)
@@ -88,4 +88,4 @@ class Muon(FlatOptimizer):
         inputs = self.gradient(), self.settings, self.coefficients, self.layout
         numbers = self.weight_decay, EPS, len(COEFFICIENTS)
         with torch.cuda.device_of(self.flat):
-            muon_kernel[(len(self.layout),)](*inputs, self.flat, self.mean, *numbers, self.side, PRODUCTS, **OPTIONS)
+            muon_kernel[(len(self.layout),)](*inputs, self.flat, self.mean, *numbers, self.side, CHUNK, PRODUCTS, **OPTIONS)

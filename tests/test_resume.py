@@ -25,7 +25,7 @@ import data
 import engine
 import train
 from cli import RunError
-from recipe import RECIPES
+from recipe import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", 5))
@@ -218,9 +218,9 @@ def test_a_finished_run_says_so_and_stays_as_it_is(finished, invoke):
 
 
 OTHERS = {
-    "--recipe": ("original", "default"), "--epochs": (3, 2), "--batch-size": (9, 8), "--max-lr": (0.5, 0.008), "--data": ("cifar10", "shapes"),
+    "--recipe": ("original", "default"), "--epochs": (3, 2), "--batch-size": (9, 8), "--max-lr": (0.5, RECIPES["default"].max_lr), "--data": ("cifar10", "shapes"),
     "--precision": ("bf16", "fp32"), "--kernels": ("torch", "auto"), "--seed": (2, 1), "--runs": (2, 1), "--max-steps": (5, None),
-    "--device": ("mps", "cpu"), "--out": ("/elsewhere", None),
+    "--device": ("mps", "cpu"), "--out": ("/elsewhere", None), "--val-split": (5, None),
 }  # fmt: skip
 
 
@@ -252,8 +252,8 @@ def test_what_holds_no_state_is_refused(finished, tmp_path, invoke):
 
 def test_a_tampered_configuration_or_state_is_a_line(finished, tmp_path, invoke):
     content = torch.load(finished / "last.pt", weights_only=True)
-    paths = [("config", name) for name in content["config"] if name not in ("dataset", "job")]
-    paths += [("config", "settings", name) for name in content["config"]["settings"] if name not in ("base_momentum", "max_momentum", "beta2", "eps")]
+    paths = [("config", name) for name in content["config"] if name not in ("dataset", "job", "set")]
+    paths += [("config", "settings", field.name) for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING]
     paths += [("progress", name) for name in content["progress"]] + [("progress", "trainer", name) for name in content["progress"]["trainer"]]
     for path in paths:
         for value in (None, [1]):

@@ -1,0 +1,169 @@
+"""The README's tables and docs/curves.png, written from the measured files under results/, so that no figure is typed twice.
+
+    python report.py            # write both again
+    python report.py --check    # or only say whether they are what results/ gives
+
+A table stands in the README between `<!-- NAME -->` and `<!-- end of NAME -->`, NAME being a key of TABLES.
+"""
+
+import csv
+import statistics
+from pathlib import Path
+
+import plots
+from cli import Parser, RunError, run
+from files import replacing
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PICTURES = RESULTS / "cifar10-jpeg"
+
+
+def read(path):
+    """Rows of a table as dicts of text."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(rows, name):
+    return [float(row[name]) for row in rows]
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def mean_std(values, digits=2):
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def histories(recipe, precision="bf16"):
+    """Rows of each kept run of a recipe on the JPEG copy, by seed."""
+    paths = PICTURES.glob(f"{recipe}-{precision}-seed*.csv")
+    return {int(path.stem.rsplit("seed", 1)[1]): read(path) for path in sorted(paths)}
+
+
+def accuracy():
+    """Accuracy of every recipe: the last epoch is the result, the best and flip-TTA are for comparison."""
+    runs = read(PICTURES / "runs.csv")
+    rows = []
+    for command in dict.fromkeys(row["command"] for row in runs):
+        of_command = [row for row in runs if row["command"] == command]
+        kept = [histories(row["recipe"], row["precision"])[int(row["seed"])] for row in of_command]
+        last, best = [column(k, "test_accuracy")[-1] for k in kept], [max(column(k, "test_accuracy")) for k in kept]
+        seconds = [sum(column(k, "seconds")) for k in kept]
+        tta = [float(row["tta"]) for row in of_command if row["tta"]]
+        rows.append(
+            [
+                f"`{command}`", len(kept[0]), len(kept), f"**{mean_std(last)}**", ", ".join(f"{value:.2f}" for value in last),
+                mean_std(best), mean_std(tta) if tta else "", f"{min(seconds):.0f} to {max(seconds):.0f}", of_command[0]["threads"],
+            ]
+        )  # fmt: skip
+    return markdown(["command", "epochs", "n", "last epoch", "each", "best epoch", "flip-TTA", "seconds a run", "threads"], rows)
+
+
+def log():
+    """Seed 1 of recipe original beside the log of the run that it reproduces."""
+    ours, theirs = histories("original")[1], read(RESULTS / "original_log.csv")
+    rows = []
+    for a, b in zip(ours, theirs):
+        losses = [f"{float(a[name]):.4f}" for name in ("train_loss", "test_loss")]
+        rows.append(
+            [
+                a["epoch"], f"{float(a['lr']):.6f}", losses[0], f"{float(a['train_accuracy']):.2f}", losses[1],
+                f"{float(a['test_accuracy']):.2f}", b["train_accuracy_percent"], f"{int(b['test_correct_of_10000']) / 100:.2f}",
+            ]
+        )  # fmt: skip
+    return markdown(["epoch", "lr at its start", "train loss", "train acc %", "test loss", "test acc %", "its train acc %", "its test acc %"], rows)
+
+
+def ablation():
+    """What accuracy on held-out pictures becomes when one part of recipe default is taken away."""
+    rows = read(PICTURES / "ablation.csv")
+    parts = {part: [row for row in rows if row["part"] == part] for part in dict.fromkeys(row["part"] for row in rows)}
+    whole = statistics.mean(column(next(iter(parts.values())), "accuracy"))
+    lines = []
+    for part, of_part in parts.items():
+        values = column(of_part, "accuracy")
+        flags = f"`{of_part[0]['flags']}`" if of_part[0]["flags"] else ""
+        lines.append([part, flags, len(values), mean_std(values), f"{statistics.mean(values) - whole:+.2f}"])
+    return markdown(["taken away", "flags", "n", "mean ± std", "difference"], lines)
+
+
+def speed():
+    """A training step on a CPU, every way."""
+    rows = []
+    for row in read(RESULTS / "bench_cpu.csv"):
+        ratio = [f"{row[name]} ({row[name + '_range']})" for name in ("times_plain", "times_per_picture")]
+        rows.append([row["way"], row["ms_per_step"], row["pictures_per_second"], *ratio, row["first_step_ms"]])
+    return markdown(["way", "ms a step", "pictures/s", "times as fast as eager fp32", "times as fast as per-picture", "first step, ms"], rows)
+
+
+def resources():
+    """What each kernel takes of sm_90, and what it spills elsewhere."""
+    by_kernel = {}
+    for row in read(RESULTS / "kernel_resources.csv"):
+        by_kernel.setdefault(f"{row['kernel']}, {row['dtype']}", {})[row["target"]] = row
+    rows = []
+    for kernel, on in by_kernel.items():
+        own, spilled = on["sm_90"], [on[target]["spilled_bytes"] for target in ("sm_80", "gfx942")]
+        numbers = [f"{int(own[name]):,}" for name in ("spilled_bytes", "shared_bytes", "matrix_instructions", "instructions")]
+        rows.append([kernel, own["registers"], *numbers, *spilled])
+    head = ["kernel", "registers", "spilled bytes", "shared memory, bytes", "matrix instructions", "instructions", "spilled bytes, sm_80", "spilled bytes, gfx942"]
+    return markdown(head, rows)
+
+
+def heat():
+    """How far each map of gradcam.py may be believed, the best of each column in bold."""
+    photographs, shapes = ({row["map"]: row for row in read(RESULTS / "gradcam" / f"{name}.csv")} for name in ("cifar10-jpeg", "shapes"))
+    columns = [(photographs, "insertion", max), (photographs, "deletion", min)]
+    columns += [(shapes, "insertion", max), (shapes, "deletion", min), (shapes, "pointing", max), (shapes, "inside", max)]
+    rows = []
+    for name in photographs:
+        cells = []
+        for of, measure, better in columns:
+            text = f"{float(of[name][measure]):.3f} ± {float(of[name][measure + '_se']):.3f}"
+            best = better(float(row[measure]) for row in of.values()) == float(of[name][measure])
+            cells.append(f"**{text}**" if best else text)
+        drawn = name if name in ("random pixels", "random grid", "centre", "edges") else f"`{name}`"
+        rows.append([drawn, *cells])
+    photos, drawings = "JPEG copy", "shapes"
+    head = ["map", f"insertion ↑, {photos}", f"deletion ↓, {photos}", f"insertion ↑, {drawings}", f"deletion ↓, {drawings}"]
+    return markdown([*head, f"pointing game ↑, {drawings}", f"heat inside ↑, {drawings}"], rows)
+
+
+TABLES = {"accuracy": accuracy, "log": log, "ablation": ablation, "heat": heat, "speed": speed, "resources": resources}
+
+
+def written(text):
+    """`text`, a README, with every table as results/ has it; raises RunError where its place is missing."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise RunError(f"README.md has no place, or several, for the table {name!r}: {begin.strip()} and {end.strip()}")
+        before, rest = text.split(begin)
+        text = before + begin + table() + end + rest.split(end)[1]
+    return text
+
+
+def main():
+    parser = Parser(description="Write the README's tables and docs/curves.png from the measured files under results/.")
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if the README is not what results/ gives")
+    arguments = parser.parse_args()
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    if arguments.check:
+        if written(text) != text:
+            raise RunError("README.md is not what results/ gives: python report.py writes it again")
+        return
+    with replacing(readme) as temporary:
+        temporary.write_text(written(text))
+    runs = {recipe: [column(rows, "test_accuracy") for rows in histories(recipe).values()] for recipe in ("original", "default")}
+    plots.save(plots.comparison(runs, "24 epochs on the JPEG copy of CIFAR-10, every seed"), HERE / "docs" / "curves.png")
+
+
+if __name__ == "__main__":
+    run(main)
