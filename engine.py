@@ -1,5 +1,6 @@
 """The training step, the evaluation pass and the choice of pictures to show, which the scripts share."""
 
+import copy
 import os
 import platform
 import sys
@@ -104,8 +105,8 @@ def has_bf16_matrices(device):
 class Trainer:
     """One run's moving parts: model, optimizer, schedule, augmentation, and the generator behind every random choice.
 
-    `step` is one update. `epoch` is one pass in random order, the last partial batch kept. `state_dict`, with the
-    weights, is all that another process needs to go on at the next step with the same bits.
+    `step` is one update. `epoch` is one pass in random order, the last partial batch kept. `averaged` is the model to
+    evaluate; its weights and `state_dict` are all that another process needs to go on at the next step with the same bits.
     """
 
     # Of the running epoch: its number from 0, the pictures' order (None between epochs), steps made, and their sums.
@@ -128,6 +129,9 @@ class Trainer:
         self.generator = torch.Generator(runtime.device).manual_seed(seed)
         self.augment = Augmenter(recipe.augmentation, normalize, self.count, self.generator)
         self.optimizer = build_optimizer(recipe, model, triton=runtime.triton)
+        # What is evaluated and kept: the model, or a running mean of its weights over this share of the run.
+        self.averaged = copy.deepcopy(model) if recipe.averaged_share else model
+        self.average_step = min(1.0, 1 / (recipe.averaged_share * self.schedule.total_steps)) if recipe.averaged_share else None
         self.graphs = StepGraphs(self.update, self.generator) if runtime.triton and runtime.device.type == "cuda" else None
         self.running, self.order, self.done, self.loss, self.correct = 0, None, 0, 0, 0
         # How many of the running epoch's steps had a finite loss and, parameter by parameter, a gradient of finite norm: one
@@ -161,6 +165,9 @@ class Trainer:
         if self.recipe.l1:  # the gradient of l1 * sum |w| is l1 * sign(w); its value is not part of the loss told
             torch._foreach_add_(gradients, torch._foreach_sign(parameters), alpha=self.recipe.l1)
         self.optimizer.step()
+        if self.averaged is not self.model:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averaged.parameters()), parameters, self.average_step)
         return loss, correct
 
     def augmented(self, indices, draws):
@@ -214,7 +221,8 @@ class Trainer:
         if self.order is not None:
             self.check_finite()
         random = {"generator": self.generator.get_state(), "flipped_first": self.augment.flipped_first}
-        return {**{name: getattr(self, name) for name in self.POSITION}, **random, "optimizer": self.optimizer.state_dict()}
+        learned = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**{name: getattr(self, name) for name in self.POSITION}, **random, **learned}
 
     def load_state_dict(self, state):
         """Take up a `state_dict`, wherever its tensors are."""
@@ -226,6 +234,7 @@ class Trainer:
             setattr(self, name, here(state[name]))
         self.augment.flipped_first = here(state["flipped_first"])
         self.generator.set_state(state["generator"])
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -41,18 +41,17 @@ def rates(start, end, count, mode):
 
 @contextlib.contextmanager
 def preserved(trainer):
-    """Give back `trainer`'s model, gradients, optimizer and random state, bit for bit, when the block ends."""
-    model, optimizer, generator = trainer.model, trainer.optimizer, trainer.generator
-    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    gradients, random, training = [p.grad for p in model.parameters()], generator.get_state(), model.training
+    """Give back `trainer` and its models, with gradients and random state, bit for bit, when the block ends."""
+    model, averaged = trainer.model, trainer.averaged
+    average, state = copy.deepcopy(averaged.state_dict()), copy.deepcopy(trainer.state_dict())
+    gradients, training = [p.grad for p in model.parameters()], model.training
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        model.load_state_dict(weights)
+        averaged.load_state_dict(average)
+        trainer.load_state_dict(state)
         model.train(training)
-        optimizer.load_state_dict(state)
-        generator.set_state(random)
         for parameter, gradient in zip(model.parameters(), gradients):
             parameter.grad = gradient
 

@@ -37,6 +37,7 @@ class Recipe:
     eps: float = 1e-8
     optimizer: str = "adamw"  # or "muon"
     adamw_share: float = 1.0
+    averaged_share: float = 0.0  # of the run, over which the weights that are evaluated are a running mean; 0: they are the last
     pooled_start: bool = False  # the stem's projection starts as an average over cells
     whitened_start: bool = False  # its first convolution, as whitening
 
@@ -90,7 +91,7 @@ CHOICES = {
 POSITIVE = "epochs", "batch_size", "max_lr", "div_factor", "final_div_factor"
 HIGHEST = {  # of those settings that have a highest value; the lowest is 0
     **dict.fromkeys(("pct_start", "flip_p", "warp_p", "cutout_p"), 1),
-    **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "warp_scale"), 0.9999),
+    **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "warp_scale", "averaged_share"), 0.9999),
     **dict.fromkeys(("crop_padding", "cutout_size"), 31),
 }
 

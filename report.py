@@ -6,8 +6,10 @@
 A table stands in the README between `<!-- NAME -->` and `<!-- end of NAME -->`, NAME being a key of TABLES.
 """
 
+import ast
 import csv
 import statistics
+import textwrap
 from pathlib import Path
 
 import plots
@@ -135,7 +137,36 @@ def heat():
     return markdown([*head, f"pointing game ↑, {drawings}", f"heat inside ↑, {drawings}"], rows)
 
 
-TABLES = {"accuracy": accuracy, "log": log, "ablation": ablation, "heat": heat, "speed": speed, "resources": resources}
+def imports():
+    """Name -> names of our own modules that it imports, read off the source, wherever in it they are imported."""
+    paths = [*HERE.glob("*.py"), *HERE.glob("kernels/*.py")]
+    sources = {".".join(path.relative_to(HERE).with_suffix("").parts).removesuffix(".__init__"): path.read_text() for path in paths}
+    found = {}
+    for name, source in sources.items():
+        named = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & sources.keys()
+                named |= inner or {node.module}
+        found[name] = named & sources.keys()
+    return found
+
+
+def import_graph():
+    """The modules in rows: each imports from rows below its own alone; raises RunError for a circle."""
+    graph, rows = imports(), []
+    while graph:
+        free = sorted(name for name, needed in graph.items() if not needed & graph.keys())
+        if not free:
+            raise RunError(f"these import each other in a circle, or from one: {', '.join(sorted(graph))}")
+        rows.insert(0, free)
+        graph = {name: needed for name, needed in graph.items() if name not in free}
+    return "```\n" + "\n".join(textwrap.fill("  ".join(row), 100) for row in rows) + "\n```"
+
+
+TABLES = {"accuracy": accuracy, "log": log, "ablation": ablation, "heat": heat, "speed": speed, "resources": resources, "imports": import_graph}
 
 
 def written(text):

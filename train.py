@@ -186,12 +186,12 @@ class Run:
         self.history, self.spent = [], 0.0  # and the seconds that the running epoch took before this process
         with understood(folder / "last.pt") if content else contextlib.nullcontext():
             self.seed, self.max_steps, self.save_every = config["seed"], config["max_steps"] or math.inf, config["save_every"] or math.inf
-            self.model = build_model(recipe, dataset, self.seed, runtime.device)
             self.normalize = Normalize(dataset.mean, dataset.std, runtime.device)
-            self.trainer = Trainer(self.model, dataset, recipe, runtime, self.normalize, self.seed)
+            model = build_model(recipe, dataset, self.seed, runtime.device)
+            self.trainer = Trainer(model, dataset, recipe, runtime, self.normalize, self.seed)
             self.total = min(self.trainer.schedule.total_steps, self.max_steps)
             if content:
-                self.model.load_state_dict(content["model"])
+                self.trainer.averaged.load_state_dict(content["model"])
                 self.trainer.load_state_dict(content["progress"]["trainer"])
                 self.history, self.spent = list(content["progress"]["history"]), content["progress"]["seconds"]
             self.best = max((row["test_accuracy"] for row in self.history), default=0.0)
@@ -243,7 +243,7 @@ class Run:
 
         try:
             train_loss, train_accuracy = self.trainer.epoch(epoch, steps, after_step)
-            logits = predict(self.runtime, self.model, self.normalize, self.dataset.test_images)
+            logits = predict(self.runtime, self.trainer.averaged, self.normalize, self.dataset.test_images)
         except RunError as error:
             if stop.number and not self.writes:
                 raise Stopped(stop.number, "rank 0 says how to go on") from None
@@ -273,7 +273,7 @@ class Run:
             print(f"      accuracy improved from {self.best:.2f} to {accuracy:.2f}, saving best.pt")
             self.best = accuracy
             if self.writes:
-                checkpoint.save(self.folder / "best.pt", self.model, self.dataset, self.config, epoch, accuracy)
+                checkpoint.save(self.folder / "best.pt", self.trainer.averaged, self.dataset, self.config, epoch, accuracy)
                 with replacing(self.folder.resolve().parent.parent / "best.pt") as temporary:
                     shutil.copyfile(self.folder / "best.pt", temporary)
         if self.writes:
@@ -290,7 +290,7 @@ class Run:
         seconds = 0.0 if between else time.perf_counter() - self.started
         progress = {"trainer": self.trainer.state_dict(), "history": self.history, "seconds": seconds}
         accuracy = self.history[-1]["test_accuracy"] if between and self.history else None
-        checkpoint.save(self.folder / "last.pt", self.model, self.dataset, self.config, len(self.history), accuracy, progress)
+        checkpoint.save(self.folder / "last.pt", self.trainer.averaged, self.dataset, self.config, len(self.history), accuracy, progress)
 
 
 def summary(histories, dataset_name):

@@ -50,28 +50,30 @@ def ending(folder):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("recipe", ["original", "default"])
+@pytest.mark.parametrize("recipe", ["original", "averaged"])
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
 def test_a_state_goes_on_to_the_same_bits(small, recipe, device, stop):
     """Taken after `stop` of the three steps of the second epoch, put into a fresh trainer of another seed."""
     small = dataclasses.replace(small, **{name: value.to(device) for name, value in vars(small).items() if torch.is_tensor(value)})
-    plan = dataclasses.replace(RECIPES[recipe], epochs=3, batch_size=128)
+    averaged = dataclasses.replace(RECIPES["default"], averaged_share=0.3)
+    plan = dataclasses.replace(averaged if recipe == "averaged" else RECIPES[recipe], epochs=3, batch_size=128)
     unbroken, _ = make_trainer(small, plan, device=device)
     taken = []
 
     def take(done):
         if done == stop:
-            taken.append(copy.deepcopy((unbroken.model.state_dict(), unbroken.state_dict())))
+            taken.append(copy.deepcopy((unbroken.averaged.state_dict(), unbroken.state_dict())))
 
     told = [unbroken.epoch(0, 3)]
     take(0)
     told += [unbroken.epoch(1, 3, take), unbroken.epoch(2, 3)]
     resumed, _ = make_trainer(small, plan, seed=2, device=device)
     ((weights, state),) = taken
-    resumed.model.load_state_dict(weights)
+    resumed.averaged.load_state_dict(weights)
     resumed.load_state_dict(state)
     assert [resumed.epoch(epoch, 3) for epoch in (1, 2)] == told[1:]
-    assert all(torch.equal(a, b) for a, b in zip(unbroken.model.parameters(), resumed.model.parameters()))
+    for model in ("model", "averaged"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(unbroken, model).parameters(), getattr(resumed, model).parameters()))
     assert checkpoint.sha256(unbroken.state_dict()) == checkpoint.sha256(resumed.state_dict())
 
 

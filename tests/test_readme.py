@@ -1,0 +1,41 @@
+"""What the README says of the commands is so: every flag in it exists, and every flag that there is stands in it."""
+
+import re
+
+import pytest
+
+import bench
+import data
+import evaluate
+import gradcam
+import lr_range
+import report
+import train
+import vit
+
+SCRIPTS = {module.__name__: module for module in (bench, data, evaluate, gradcam, lr_range, report, train, vit)}
+TORCHRUN = {"--nproc-per-node", "--max-restarts", "--rdzv-id"}
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+README = (report.HERE / "README.md").read_text()
+
+
+@pytest.fixture
+def flags(invoke):
+    """Each script's flags, as its --help names them."""
+    return {name: set(FLAG.findall(invoke(module, ["--help"])[1])) - {"--help"} for name, module in SCRIPTS.items()}
+
+
+def test_every_command_in_the_readme_has_only_flags_that_exist(flags):
+    commands = re.findall(r"(?:python|torchrun[^\n`]*?) (\w+)\.py([^\n`#]*)", README)
+    assert len(commands) > 20 and {name for name, _ in commands} >= SCRIPTS.keys()
+    for name, rest in commands:
+        assert set(FLAG.findall(rest)) <= flags[name], (name, rest)
+
+
+def test_every_flag_in_the_readme_exists(flags):
+    assert set(FLAG.findall(README)) - {"--help"} - TORCHRUN <= set().union(*flags.values())
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_every_flag_is_in_the_readme(flags, name):
+    assert not flags[name] - set(FLAG.findall(README))
