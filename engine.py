@@ -109,8 +109,9 @@ class Trainer:
     evaluate; its weights and `state_dict` are all that another process needs to go on at the next step with the same bits.
     """
 
-    # Of the running epoch: its number from 0, the pictures' order (None between epochs), steps made, and their sums.
-    POSITION = "running", "order", "done", "loss", "correct"
+    # Of the running epoch: its number from 0, the pictures' order (None between epochs), steps made, and their sums; of the
+    # run: steps made.
+    POSITION = "running", "order", "done", "loss", "correct", "steps"
 
     def __init__(self, model, dataset, recipe, runtime, normalize, seed):
         self.model, self.dataset, self.recipe, self.runtime = model, dataset, recipe, runtime
@@ -129,9 +130,7 @@ class Trainer:
         self.generator = torch.Generator(runtime.device).manual_seed(seed)
         self.augment = Augmenter(recipe.augmentation, normalize, self.count, self.generator)
         self.optimizer = build_optimizer(recipe, model, triton=runtime.triton)
-        # What is evaluated and kept: the model, or a running mean of its weights over this share of the run.
-        self.averaged = copy.deepcopy(model) if recipe.averaged_share else model
-        self.average_step = min(1.0, 1 / (recipe.averaged_share * self.schedule.total_steps)) if recipe.averaged_share else None
+        self.averaged, self.steps = copy.deepcopy(model) if recipe.averaged_share else model, 0
         self.graphs = StepGraphs(self.update, self.generator) if runtime.triton and runtime.device.type == "cuda" else None
         self.running, self.order, self.done, self.loss, self.correct = 0, None, 0, 0, 0
         # How many of the running epoch's steps had a finite loss and, parameter by parameter, a gradient of finite norm: one
@@ -144,7 +143,13 @@ class Trainer:
         Both are to be read before the next step: with a CUDA graph, it writes its own in their place.
         """
         self.optimizer.prepare(lr, momentum)
-        return self.graphs(indices, epoch) if self.graphs else self.update(indices, epoch)
+        results = self.graphs(indices, epoch) if self.graphs else self.update(indices, epoch)
+        self.steps += 1
+        if self.averaged is not self.model:
+            newest = min(1.0, 1 / (self.recipe.averaged_share * self.steps))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), newest)
+        return results
 
     def update(self, indices, epoch):
         """A step's work on the device, on this rank's part of it; `epoch` is a number or, in a graph, a tensor ()."""
@@ -165,9 +170,6 @@ class Trainer:
         if self.recipe.l1:  # the gradient of l1 * sum |w| is l1 * sign(w); its value is not part of the loss told
             torch._foreach_add_(gradients, torch._foreach_sign(parameters), alpha=self.recipe.l1)
         self.optimizer.step()
-        if self.averaged is not self.model:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.averaged.parameters()), parameters, self.average_step)
         return loss, correct
 
     def augmented(self, indices, draws):

@@ -37,7 +37,7 @@ class Recipe:
     eps: float = 1e-8
     optimizer: str = "adamw"  # or "muon"
     adamw_share: float = 1.0
-    averaged_share: float = 0.0  # of the run, over which the weights that are evaluated are a running mean; 0: they are the last
+    averaged_share: float = 0.0  # evaluated is a running mean of the weights over this share of the steps so far; 0: the last weights
     pooled_start: bool = False  # the stem's projection starts as an average over cells
     whitened_start: bool = False  # its first convolution, as whitening
 
