@@ -159,7 +159,7 @@ class Trainer:
         own = indices[part]
         images, labels = self.augmented(own, draws.of(part)), self.dataset.train_labels[own]
         logits = self.runtime.logits(self.model, images)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         parameters = list(self.model.parameters())

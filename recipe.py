@@ -37,6 +37,7 @@ class Recipe:
     eps: float = 1e-8
     optimizer: str = "adamw"  # or "muon"
     adamw_share: float = 1.0
+    label_smoothing: float = 0.0  # of the training loss alone
     averaged_share: float = 0.0  # evaluated is a running mean of the weights over this share of the steps so far; 0: the last weights
     pooled_start: bool = False  # the stem's projection starts as an average over cells
     whitened_start: bool = False  # its first convolution, as whitening
@@ -76,6 +77,7 @@ RECIPES = {
         beta2=0.99,
         optimizer="muon",
         adamw_share=0.75,
+        label_smoothing=0.1,
         averaged_share=0.1,
         pooled_start=True,
         whitened_start=True,
@@ -108,7 +110,7 @@ CHOICES = {
 POSITIVE = "epochs", "batch_size", "max_lr", "div_factor", "final_div_factor"
 HIGHEST = {  # of those settings that have a highest value; the lowest is 0
     **dict.fromkeys(("pct_start", "flip_p", "warp_p", "cutout_p"), 1),
-    **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "warp_scale", "averaged_share"), 0.9999),
+    **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "warp_scale", "averaged_share", "label_smoothing"), 0.9999),
     **dict.fromkeys(("crop_padding", "cutout_size"), 31),
 }
 
