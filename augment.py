@@ -25,6 +25,7 @@ class Augmentation:
     warp_degrees: float = 0.0  # either way
     cutout_p: float = 0.0
     cutout_size: int = 0  # side in pixels of one square filled with the dataset's mean
+    calm_share: float = 0.0  # of the run, at its end, in which crops reach half as far
 
 
 @dataclass
@@ -129,12 +130,13 @@ class Normalize:
 class Augmenter:
     """uint8 pictures to normalised float32 ones, augmented for training.
 
-    `count` is the number of training pictures; every random number comes from `generator`, which lives on the
-    pictures' device.
+    `count` is the number of training pictures, `epochs` that of the run's epochs; every random number comes from
+    `generator`, which lives on the pictures' device.
     """
 
-    def __init__(self, augmentation, normalize, count, generator):
+    def __init__(self, augmentation, normalize, count, generator, epochs=1):
         self.augmentation, self.normalize = augmentation, normalize
+        self.calm_from = round(epochs * (1 - augmentation.calm_share))
         self.generator, self.device = generator, generator.device
         # Which pictures are flipped in epochs 0, 2, 4, ...; the others are in 1, 3, 5, ... Keller Jordan 2024,
         # "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498.
@@ -151,7 +153,8 @@ class Augmenter:
         """Draws for the training pictures at places `indices` (B,), of side S, in an epoch counted from 0."""
         plan, B, draws = self.augmentation, len(indices), Draws()
         if plan.crop_padding:
-            draws.offsets = self.integers(-plan.crop_padding, plan.crop_padding, B, 2)
+            offsets = self.integers(-plan.crop_padding, plan.crop_padding, B, 2)
+            draws.offsets = offsets.div(1 + (epoch >= self.calm_from), rounding_mode="trunc") if plan.calm_share else offsets
         if plan.flip == "alternating":
             draws.flipped = self.flipped_first[indices] ^ (epoch % 2 == 1)
         elif plan.flip_p:

@@ -128,7 +128,7 @@ class Trainer:
             recipe.anneal,
         )
         self.generator = torch.Generator(runtime.device).manual_seed(seed)
-        self.augment = Augmenter(recipe.augmentation, normalize, self.count, self.generator)
+        self.augment = Augmenter(recipe.augmentation, normalize, self.count, self.generator, recipe.epochs)
         self.optimizer = build_optimizer(recipe, model, triton=runtime.triton)
         self.averaged, self.steps = copy.deepcopy(model) if recipe.averaged_share else model, 0
         self.graphs = StepGraphs(self.update, self.generator) if runtime.triton and runtime.device.type == "cuda" else None

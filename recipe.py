@@ -81,7 +81,7 @@ RECIPES = {
         averaged_share=0.1,
         pooled_start=True,
         whitened_start=True,
-        augmentation=Augmentation(crop_padding=4, crop_border="reflect", flip="alternating"),
+        augmentation=Augmentation(crop_padding=4, crop_border="reflect", calm_share=0.2, flip="alternating"),
     ),
 }  # fmt: skip
 # In 200 epochs the same network over-fits, so it is shown more kinds of pictures.
@@ -109,7 +109,7 @@ CHOICES = {
 }
 POSITIVE = "epochs", "batch_size", "max_lr", "div_factor", "final_div_factor"
 HIGHEST = {  # of those settings that have a highest value; the lowest is 0
-    **dict.fromkeys(("pct_start", "flip_p", "warp_p", "cutout_p"), 1),
+    **dict.fromkeys(("pct_start", "flip_p", "warp_p", "cutout_p", "calm_share"), 1),
     **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "warp_scale", "averaged_share", "label_smoothing"), 0.9999),
     **dict.fromkeys(("crop_padding", "cutout_size"), 31),
 }

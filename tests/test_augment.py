@@ -152,3 +152,17 @@ def test_random_crop_reaches_every_offset_equally():
     rows = moved.normalize.invert(moved(images, torch.arange(count), 0))[:, 0, 10, 0].long() - 10
     counts = (rows + 4).bincount(minlength=9)
     assert len(counts) == 9 and counts.min() > 750 and counts.max() < 1050
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])  # an epoch is a tensor inside a CUDA graph
+def test_crops_reach_half_as_far_at_the_end(as_tensor):
+    """From the ninth of ten epochs on, and towards no side more than another."""
+    normalize = Normalize((0.5,) * 3, (0.25,) * 3, "cpu")
+    plan = Augmentation(crop_padding=4, calm_share=0.2)
+    reach = []
+    for epoch in range(10):
+        augmenter = Augmenter(plan, normalize, 1000, torch.Generator().manual_seed(epoch), epochs=10)
+        offsets = augmenter.draw(torch.arange(1000), torch.tensor(epoch) if as_tensor else epoch, 32).offsets
+        assert offsets.dtype == torch.int64 and abs(offsets.float().mean()) < 0.2
+        reach.append((offsets.min().item(), offsets.max().item()))
+    assert reach == [(-4, 4)] * 8 + [(-2, 2)] * 2
