@@ -48,7 +48,7 @@ def frozen(trainer):
     """Everything that a range test must leave as it was, copied."""
     state = trainer.optimizer.state_dict()
     return [
-        *[p.detach().clone() for p in trainer.model.parameters()],
+        *[p.detach().clone() for model in (trainer.model, trainer.averaged) for p in model.parameters()],
         *[p.grad.clone() for p in trainer.model.parameters() if p.grad is not None],
         *[v.clone() for s in state["state"].values() for v in s.values()],
         *[torch.tensor([g["lr"], *g["betas"]], dtype=torch.float64) for g in state["param_groups"]],
@@ -59,7 +59,7 @@ def frozen(trainer):
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_what_it_was_given_is_left_bit_for_bit(small, steps_before):
-    recipe = dataclasses.replace(small_recipe(), augmentation=RECIPES["original"].augmentation)
+    recipe = dataclasses.replace(small_recipe(averaged_share=0.5), augmentation=RECIPES["original"].augmentation)
     trainer, _ = make_trainer(small, recipe)
     for i in range(steps_before):
         trainer.step(torch.arange(50) + i, 0, 0.003, 0.9)

@@ -122,13 +122,17 @@ def muon_recipe(**changes):
 
 
 def test_muon_has_the_trunk_and_stem_and_adamw_the_rest(small):
-    trainer, _ = make_trainer(small, muon_recipe())
+    """Decay is Muon's alone, and q, k and v are matrices of their own."""
+    trainer, _ = make_trainer(small, muon_recipe(weight_decay=0.1))
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     assert isinstance(trainer.optimizer, MuonAndAdamW)
     (group,) = trainer.optimizer.muon.param_groups
     ours = {names[id(p)] for p in group["params"]}
     rest = {names[id(p)] for group in trainer.optimizer.adamw.param_groups for p in group["params"]}
     assert ours | rest == set(names.values()) and not ours & rest
+    assert group["weight_decay"] == 0.1 and not any(g["weight_decay"] for g in trainer.optimizer.adamw.param_groups if g["params"])
+    stacked = {names[id(p)]: count for p, count in zip(group["params"], trainer.optimizer.muon.stacked)}
+    assert stacked == {name: 3 if name.endswith("qkv.weight") else 1 for name in ours}
     assert {name for name in rest if trainer.model.get_parameter(name).dim() > 1} == {"cls_token", "pos_embedding", "head.weight"}
 
 

@@ -159,6 +159,21 @@ def test_averaged_weights_are_a_running_mean_over_a_share_of_the_steps_so_far(sm
     assert not torch.allclose(averaged, p, rtol=0, atol=1e-4)
 
 
+def test_labels_are_smoothed(small):
+    trainer, normalize = make_trainer(small, small_recipe(label_smoothing=0.3), precision="fp32", kernels_name="torch")
+    images, labels = normalize(small.train_images[:50]), small.train_labels[:50]
+    logits = trainer.model(images).detach()
+    expected = F.cross_entropy(logits, 0.7 * F.one_hot(labels, 10) + 0.03)
+    assert trainer.step(torch.arange(50), 0, 0.003, 0.9)[0].item() == pytest.approx(50 * expected.item(), rel=1e-4)
+
+
+def test_crops_are_calm_in_the_last_epochs_of_a_run(small):
+    plan = dataclasses.replace(small_recipe(), epochs=5, augmentation=Augmentation(crop_padding=4, calm_share=0.4))
+    trainer, _ = make_trainer(small, plan)
+    reach = [trainer.augment.draw(torch.arange(300), epoch, 32).offsets.max() for epoch in range(5)]
+    assert reach == [4, 4, 4, 2, 2]
+
+
 def test_original_recipe_is_to_the_letter():
     assert RECIPES["original"] == Recipe(
         epochs=24, batch_size=512, max_lr=0.03, pct_start=5 / 24, div_factor=10, final_div_factor=10, anneal="linear",
@@ -194,6 +209,20 @@ def test_a_run_on_held_out_pictures_never_sees_the_test_pictures(small, monkeypa
     assert (config["val_split"], config["set"], config["settings"]["max_lr"]) == (50, ["max_lr=0.01"], 0.01)
     status, out, err = invoke(train, ["--resume", folder])
     assert (status, err) == (0, "") and "is finished" in out and "shapes-val50" in out
+
+
+def test_what_is_evaluated_and_kept_is_the_averaged_network(small_shapes, small, tmp_path, invoke):
+    arguments = ["--data", "shapes", "--out", tmp_path, "--epochs", 2, "--batch-size", 50, "--set", "averaged_share=0.5"]
+    assert invoke(train, arguments)[0] == 0
+    folder = run_folder(tmp_path)
+    for name in ("best.pt", "last.pt"):
+        model, content = checkpoint.load(folder / name, "cpu")
+        with open(folder / "history.csv") as file:
+            row = list(csv.DictReader(file))[content["epoch"] - 1]
+        logits = engine.predict(Runtime("cpu"), model, Normalize(small.mean, small.std, "cpu"), small.test_images)
+        assert [str(value) for value in engine.score(logits, small.test_labels)] == [row["test_loss"], row["test_accuracy"]]
+    trained = content["progress"]["trainer"]["model"]
+    assert not any(torch.equal(weight, trained[name]) for name, weight in content["model"].items())
 
 
 def test_runs_are_kept_apart_and_summed_up(small_shapes, tmp_path, invoke):

@@ -106,7 +106,7 @@ WRONG_COMMANDS = [
     (lr_range, ["--val", "yes"], "yes"),
     (lr_range, ["--out", HERE], "--out"),
     (lr_range, ["--data", "nowhere"], "nowhere"),
-    (lr_range, ["--data", "shapes"], "fewer than one batch of 512"),
+    (lr_range, ["--data", "shapes", "--recipe", "original"], "fewer than one batch of 512"),
     (bench, ["--rounds", 0], "--rounds"),
     (bench, ["--steps", -3], "--steps"),
     (bench, ["--way", "fastest"], "--way"),
