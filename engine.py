@@ -115,6 +115,7 @@ class Trainer:
 
     def __init__(self, model, dataset, recipe, runtime, normalize, seed):
         self.model, self.dataset, self.recipe, self.runtime = model, dataset, recipe, runtime
+        runtime.ranks.agree(model.parameters())
         self.count = len(dataset.train_images)
         self.steps_per_epoch = -(-self.count // recipe.batch_size)
         self.schedule = OneCycle(

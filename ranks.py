@@ -67,6 +67,13 @@ class Ranks:
         torch._foreach_copy_(gradients, [piece.view(g.shape) for piece, g in zip(pieces, gradients)])
         return loss.view(()), correct.view(())
 
+    def agree(self, tensors):
+        """Make the tensors, in place, rank 0's on every rank: two machines may compute them to other last bits."""
+        if self.world > 1:
+            with self.talking():
+                for tensor in tensors:
+                    dist.broadcast(tensor.detach(), 0, group=self.group)
+
     def share(self, value):
         """Rank 0's value, a plain one, on every rank."""
         if self.world > 1:

@@ -32,6 +32,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def fifty_steps(torchrun):
     """Each step's loss, then logits and weights, of recipe `original` at a tenth of its rate; the last batch has 7 pictures.
 
+    Ranks start from weights of their own, which are to become rank 0's.
+
     Where the loss itself is steady: at the recipe's own rate and batches as small as these, a rounding's difference grows
     tenfold every few steps, whatever made it.
     """
@@ -39,7 +41,7 @@ def fifty_steps(torchrun):
     recipe = dataclasses.replace(RECIPES["original"], batch_size=64, max_lr=0.003)
     runtime = Runtime("cpu", "fp32", torchrun=torchrun)
     normalize = augment.Normalize(dataset.mean, dataset.std, "cpu")
-    trainer, losses = Trainer(build_model(recipe, dataset, 1, "cpu"), dataset, recipe, runtime, normalize, 1), []
+    trainer, losses = Trainer(build_model(recipe, dataset, 1 + runtime.ranks.rank, "cpu"), dataset, recipe, runtime, normalize, 1), []
     step = trainer.step
 
     def noted(indices, *arguments):
