@@ -144,7 +144,7 @@ def time_half_block(function, owner, module, device, dtype, limits):
 
 
 def step_ways(dataset, device):
-    """Name -> a function that makes a fresh Trainer of recipe `default`, batch 512, for every way of training."""
+    """Name -> a function that makes a fresh Trainer of recipe `default` for every way of training."""
     normalize = Normalize(dataset.mean, dataset.std, device)
     recipe = RECIPES["default"]
 
@@ -185,7 +185,7 @@ def time_run(make, dataset):
     """The row of a whole training with an evaluation after each epoch, by the clock, and before it a warm-up, apart."""
 
     def evaluate(trainer):
-        return score(predict(trainer.runtime, trainer.model, trainer.augment.normalize, dataset.test_images), dataset.test_labels)
+        return score(predict(trainer.runtime, trainer.averaged, trainer.augment.normalize, dataset.test_images), dataset.test_labels)
 
     started = time.perf_counter()
     trainer = make()
