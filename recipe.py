@@ -125,7 +125,7 @@ def changed(recipe, assignments):
         for owner in (recipe, recipe.augmentation):
             kinds = {field.name: field.type for field in fields(owner) if field.type is not Augmentation}
             if name in kinds:
-                owner = replace(owner, **{name: understood(text, name, value, kinds[name])})
+                owner = replace(owner, **{name: parsed(text, name, value, kinds[name])})
                 recipe = owner if isinstance(owner, Recipe) else replace(recipe, augmentation=owner)
                 break
         else:
@@ -133,7 +133,7 @@ def changed(recipe, assignments):
     return recipe
 
 
-def understood(text, name, value, kind):
+def parsed(text, name, value, kind):
     """`value` as a setting's kind (int, float, bool or str) has it."""
     if name in CHOICES or kind is bool:
         choices = CHOICES.get(name, ("True", "False"))

@@ -68,11 +68,12 @@ def accuracy():
         kept = [histories(row["recipe"], row["precision"])[int(row["seed"])] for row in of_command]
         last, best = [column(k, "test_accuracy")[-1] for k in kept], [max(column(k, "test_accuracy")) for k in kept]
         seconds = [sum(column(k, "seconds")) for k in kept]
+        alone = of_command[0]["alone"] == "yes"  # on the machine; the seconds of others say nothing
         tta = [float(row["tta"]) for row in of_command if row["tta"]]
         rows.append(
             [
                 f"`{command}`", len(kept[0]), len(kept), f"**{mean_std(last)}**", ", ".join(f"{value:.2f}" for value in last),
-                mean_std(best), mean_std(tta) if tta else "", f"{min(seconds):.0f} to {max(seconds):.0f}", of_command[0]["threads"],
+                mean_std(best), mean_std(tta) if tta else "", f"{min(seconds):.0f} to {max(seconds):.0f}" if alone else "", of_command[0]["threads"],
             ]
         )  # fmt: skip
     return markdown(["command", "epochs", "n", "last epoch", "each", "best epoch", "flip-TTA", "seconds a run", "threads"], rows)
