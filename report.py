@@ -19,6 +19,8 @@ from files import replacing
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PICTURES = RESULTS / "cifar10-jpeg"
+README = HERE / "README.md"
+CURVES = HERE / "docs" / "curves.png"
 
 
 def read(path):
@@ -196,16 +198,15 @@ def main():
     parser = Parser(description="Write the README's tables and docs/curves.png from the measured files under results/.")
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if the README is not what results/ gives")
     arguments = parser.parse_args()
-    readme = HERE / "README.md"
-    text = readme.read_text()
+    text = README.read_text()
     if arguments.check:
         if written(text) != text:
             raise RunError("README.md is not what results/ gives: python report.py writes it again")
         return
-    with replacing(readme) as temporary:
+    with replacing(README) as temporary:
         temporary.write_text(written(text))
     runs = {recipe: [column(rows, "test_accuracy") for rows in histories(recipe).values()] for recipe in ("original", "default")}
-    plots.save(plots.comparison(runs, "24 epochs on the JPEG copy of CIFAR-10, every seed"), HERE / "docs" / "curves.png")
+    plots.save(plots.comparison(runs, "24 epochs on the JPEG copy of CIFAR-10, every seed"), CURVES)
 
 
 if __name__ == "__main__":
