@@ -134,7 +134,7 @@ class Augmenter:
     `generator`, which lives on the pictures' device.
     """
 
-    def __init__(self, augmentation, normalize, count, generator, epochs=1):
+    def __init__(self, augmentation, normalize, count, generator, epochs):
         self.augmentation, self.normalize = augmentation, normalize
         self.calm_from = round(epochs * (1 - augmentation.calm_share))
         self.generator, self.device = generator, generator.device

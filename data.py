@@ -445,7 +445,8 @@ def main():
     count = len(dataset.train_images)
     chosen = torch.randperm(count, generator=generator)[: arguments.n]
     normalize = Normalize(dataset.mean, dataset.std, "cpu")
-    augment = Augmenter(RECIPES[arguments.recipe].augmentation, normalize, count, generator)
+    recipe = RECIPES[arguments.recipe]
+    augment = Augmenter(recipe.augmentation, normalize, count, generator, recipe.epochs)
     rows = [dataset.train_images[chosen]]
     rows += [normalize.invert(augment(dataset.train_images[chosen], chosen, epoch)) for epoch in range(5)]
     names = [dataset.class_names[label] for label in dataset.train_labels[chosen].tolist()]

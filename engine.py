@@ -46,7 +46,7 @@ class Runtime:
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
         example = RECIPES["original"]
         normalize, generator = Normalize((0.5,) * 3, (0.25,) * 3, self.device), torch.Generator(self.device).manual_seed(0)
-        augmenter = Augmenter(example.augmentation, normalize, 3, generator)
+        augmenter = Augmenter(example.augmentation, normalize, 3, generator, example.epochs)
         model = build_vit(10, 0).to(self.device)
         self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype, model, augmenter)
         self.triton = self.forward.__module__ == "kernels.gpu"

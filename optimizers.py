@@ -67,7 +67,10 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         parameters, lr, momentum = group["params"], group["lr"], group["momentum"]
         gradients = [p.grad for p in parameters]
-        means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in parameters]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["mean"] = torch.zeros_like(p)
+        means = [self.state[p]["mean"] for p in parameters]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, means, momentum)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])

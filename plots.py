@@ -62,7 +62,7 @@ def curves(history, schedule, steps_per_epoch, title):
     loss.set_ylabel("mean cross entropy")
     accuracy.set_ylabel("accuracy, %")
     steps = range(schedule.total_steps)
-    for axes, values, name in zip((rate, momentum), zip(*map(schedule, steps)), ("learning rate", "momentum (AdamW's beta1)")):
+    for axes, values, name in zip((rate, momentum), zip(*map(schedule, steps)), ("learning rate", "momentum")):
         axes.plot([step / steps_per_epoch for step in steps], values, color=NEUTRAL)
         axes.set_ylabel(name)
     for axes in (loss, accuracy, rate, momentum):

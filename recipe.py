@@ -84,7 +84,7 @@ RECIPES = {
         augmentation=Augmentation(crop_padding=4, crop_border="reflect", calm_share=0.2, flip="alternating"),
     ),
 }  # fmt: skip
-# In 200 epochs the same network over-fits, so it is shown more kinds of pictures.
+# In 200 epochs the same network would over-fit, so it is shown more kinds of pictures.
 RECIPES["long"] = replace(
     RECIPES["default"],
     epochs=200,

@@ -218,9 +218,10 @@ class Run:
                 self.history.append(self.epoch(epoch, steps, stop))
                 self.tell()
                 self.keep(finished=done + steps == self.total)
+        kind = "held-out" if self.config["val_split"] else "test"
         last, top = self.history[-1], max(self.history, key=lambda row: row["test_accuracy"])
-        print(f"last epoch: {last['test_accuracy']:.2f} % on the test pictures of {self.dataset.name} (epoch {last['epoch']})")
-        print(f"best epoch: {top['test_accuracy']:.2f} % (epoch {top['epoch']}; picked by its test accuracy, so a little flattered)", flush=True)
+        print(f"last epoch: {last['test_accuracy']:.2f} % on the {kind} pictures of {self.dataset.name} (epoch {last['epoch']})")
+        print(f"best epoch: {top['test_accuracy']:.2f} % (epoch {top['epoch']}; picked by its accuracy, so a little flattered)", flush=True)
         if stop.number:
             raise Stopped(stop.number, f"{self.folder} is finished")
         return self.history

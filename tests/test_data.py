@@ -17,6 +17,7 @@ from PIL import Image
 
 import data
 import shapes
+from augment import Augmenter
 from cli import RunError, UsageError
 
 
@@ -321,3 +322,11 @@ def test_held_out_pictures_are_train_pictures_that_are_trained_on_no_more(small)
     assert not train & val and train | val == rows(small.train_images, small.train_labels, small.train_masks)
     assert torch.equal(held.test_images, data.hold_out(small, 60).test_images) and (held.mean, held.std) == (small.mean, small.std)
     assert set(map(tuple, data.hold_out(small, 30).test_images.flatten(1).tolist())) <= set(map(tuple, held.test_images.flatten(1).tolist()))
+
+
+def test_samples_are_those_of_the_first_epochs_of_a_run(small_shapes, monkeypatch, tmp_path, invoke):
+    """Of a recipe whose crops are calm at the end, the five epochs that are shown are not."""
+    made = []
+    monkeypatch.setattr(data, "Augmenter", lambda *arguments: made.append(Augmenter(*arguments)) or made[0])
+    assert invoke(data, ["--data", "shapes", "--recipe", "default", "--out", tmp_path / "data.png"])[0] == 0
+    assert made[0].augmentation.calm_share and made[0].calm_from > 5

@@ -193,7 +193,7 @@ PLANS = {name: recipe.augmentation for name, recipe in RECIPES.items()} | {
 def augmenter(plan="original"):
     """An Augmenter of 20 pictures."""
     normalize, generator = Normalize((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), DEVICE), torch.Generator(DEVICE).manual_seed(0)
-    return Augmenter(PLANS[plan], normalize, 20, generator)
+    return Augmenter(PLANS[plan], normalize, 20, generator, epochs=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -76,7 +76,7 @@ def test_a_rank_draws_for_its_part_what_one_process_draws(small):
     """Every augmentation there is, on 10 pictures in 3 uneven parts."""
     plan = dataclasses.replace(RECIPES["original"].augmentation, crop_border="reflect")
     for plan in (plan, RECIPES["default"].augmentation):
-        whole, *parts = (augment.Augmenter(plan, augment.Normalize(small.mean, small.std, "cpu"), 300, torch.Generator().manual_seed(5)) for _ in range(4))
+        whole, *parts = (augment.Augmenter(plan, augment.Normalize(small.mean, small.std, "cpu"), 300, torch.Generator().manual_seed(5), 1) for _ in range(4))
         indices = torch.arange(40, 50)
         wanted = whole(small.train_images[indices], indices, 1)
         for augmenter, part in zip(parts, (slice(0, 3), slice(3, 6), slice(6, 10))):
