@@ -32,11 +32,11 @@ def update_at(gradient_ptr, mean_ptr, i, mask, momentum):
 def muon_kernel(
     gradient_ptr,  # (N,)
     settings_ptr,  # (2,): rate, momentum
-    coefficients_ptr,  # (steps, 3): a, b, c
+    coefficients_ptr,  # (STEPS, 3): a, b, c
     layout_ptr,  # (programs, 3), int32: where a matrix begins, its rows, its columns
     parameter_ptr, mean_ptr,  # (N,), changed in place
-    decay, eps, steps,
-    SIDE: tl.constexpr, CHUNK: tl.constexpr, PRODUCTS: tl.constexpr,
+    decay, eps,
+    STEPS: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     layout_ptr += 3 * tl.program_id(0)
     begin, rows, columns = tl.load(layout_ptr), tl.load(layout_ptr + 1), tl.load(layout_ptr + 2)
@@ -45,26 +45,30 @@ def muon_kernel(
     step_n, step_m = tl.where(rows <= columns, columns, 1), tl.where(rows <= columns, 1, columns)  # a tall matrix is read across
     row, column = tl.arange(0, SIDE)[:, None], tl.arange(0, CHUNK)[None, :]
     square = tl.zeros((SIDE, SIDE), tl.float32)
-    for start in range(0, m, CHUNK):
+    start = 0
+    while start < m:  # Triton 3.6 interprets no range that ends at a tensor
         i, mask = begin + row * step_n + (start + column) * step_m, (row < n) & (start + column < m)
         _, u = update_at(gradient_ptr, mean_ptr, i, mask, momentum)
         square += tl.dot(u, tl.trans(u), input_precision=PRODUCTS)
+        start += CHUNK
     eye = tl.where(row == tl.arange(0, SIDE)[None, :], 1.0, 0.0)
     norm = tl.sqrt(tl.sum(square * eye)) + eps
     square, product = square / (norm * norm), eye
-    for step in range(steps):
+    for step in range(STEPS):
         a, b, c = tl.load(coefficients_ptr + 3 * step), tl.load(coefficients_ptr + 3 * step + 1), tl.load(coefficients_ptr + 3 * step + 2)
         q = a * eye + b * square + c * tl.dot(square, square, input_precision=PRODUCTS)
         product = tl.dot(q, product, input_precision=PRODUCTS)
         square = tl.dot(tl.dot(q, square, input_precision=PRODUCTS), q, input_precision=PRODUCTS)
     size = lr * tl.sqrt(tl.maximum(rows / columns, 1.0)) / norm
-    for start in range(0, m, CHUNK):
+    start = 0
+    while start < m:
         i, mask = begin + row * step_n + (start + column) * step_m, (row < n) & (start + column < m)
         mean, u = update_at(gradient_ptr, mean_ptr, i, mask, momentum)
         p = tl.load(parameter_ptr + i, mask=mask, other=0.0)
         moved = size * tl.dot(product, u, input_precision=PRODUCTS)
         tl.store(parameter_ptr + i, p * (1 - lr * decay) - moved, mask=mask)
         tl.store(mean_ptr + i, mean, mask=mask)
+        start += CHUNK
 
 
 class Muon(FlatOptimizer):

@@ -48,7 +48,7 @@ def cases(dtype):
         yield f"augment {recipe}", augment.augment_kernel, {"BORDER": "reflect", "FLIP": True, "PIXELS": 1024, **steps}
     if dtype == torch.float32:  # parameters are in no other
         yield "adamw", adamw.adamw_kernel, {"BLOCK": adamw.BLOCK}
-        yield "muon", muon.muon_kernel, {"SIDE": 64, "CHUNK": muon.CHUNK, "PRODUCTS": "tf32x3", **muon.OPTIONS}
+        yield "muon", muon.muon_kernel, {"STEPS": 5, "SIDE": 64, "CHUNK": muon.CHUNK, "PRODUCTS": "tf32x3", **muon.OPTIONS}
 
 
 def compile_for(kernel, constants, dtype_name, target):
