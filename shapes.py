@@ -8,7 +8,8 @@ import math
 
 import torch
 
-SIDE = 32
+from cifar import SIDE
+
 CHUNK = 1000  # pictures drawn at a time: few enough to stay in a processor's cache
 
 

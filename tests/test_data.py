@@ -15,7 +15,9 @@ import torch
 from conftest import CIFAR_COPY
 from PIL import Image
 
+import cifar
 import data
+import pictures
 import shapes
 from augment import Augmenter
 from cli import RunError, UsageError
@@ -57,14 +59,14 @@ def mirror(tmp_path, monkeypatch):
     """A good archive on a mirror of its own, known by its hashes; the mirrors of the project are out of reach."""
     path = write_archive(tmp_path / "mirror.tar.gz", members())
     hashes = {name: hashlib.new(name, path.read_bytes()).hexdigest() for name in ("md5", "sha256")}
-    monkeypatch.setitem(data.ARCHIVES, "cifar10", dataclasses.replace(data.ARCHIVES["cifar10"], hashes=hashes, mirrors=(path.as_uri(),)))
+    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", dataclasses.replace(cifar.ARCHIVES["cifar10"], hashes=hashes, mirrors=(path.as_uri(),)))
     monkeypatch.delenv("CIFAR10_URL", raising=False)
     return path
 
 
 @pytest.fixture
 def unreachable(monkeypatch):
-    monkeypatch.setitem(data.ARCHIVES, "cifar10", dataclasses.replace(data.ARCHIVES["cifar10"], mirrors=("file:///nowhere/a", "file:///nowhere/b")))
+    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", dataclasses.replace(cifar.ARCHIVES["cifar10"], mirrors=("file:///nowhere/a", "file:///nowhere/b")))
     monkeypatch.delenv("CIFAR10_URL", raising=False)
 
 
@@ -190,9 +192,9 @@ def test_auto_without_cifar_warns_and_draws_shapes(unreachable, few_shapes, tmp_
 
 
 def test_official_archives_are_known_by_the_published_digests():
-    assert data.ARCHIVES["cifar10"].hashes["md5"] == "c58f30108f718f92721af3b95e74349a"
-    assert data.ARCHIVES["cifar10"].hashes["sha256"] == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-    assert data.ARCHIVES["cifar100"].hashes["md5"] == "eb9058c3a382ffc7106e4002c42a8d85"
+    assert cifar.ARCHIVES["cifar10"].hashes["md5"] == "c58f30108f718f92721af3b95e74349a"
+    assert cifar.ARCHIVES["cifar10"].hashes["sha256"] == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+    assert cifar.ARCHIVES["cifar100"].hashes["md5"] == "eb9058c3a382ffc7106e4002c42a8d85"
 
 
 # --- a folder of pictures ---
@@ -212,7 +214,7 @@ def test_folder_is_decoded_and_resized(folder, tmp_path, capsys):
 def test_folder_is_decoded_once_and_again_when_it_changes(folder, tmp_path, monkeypatch, capsys):
     before = data.load(str(folder), tmp_path / "data")
     decodings = []
-    monkeypatch.setattr(data, "decode", lambda paths, decode=data.decode: decodings.append(paths) or decode(paths))
+    monkeypatch.setattr(pictures, "decode", lambda paths, decode=pictures.decode: decodings.append(paths) or decode(paths))
     assert torch.equal(data.load(str(folder), tmp_path / "data").train_images, before.train_images)
     assert not decodings
     Image.new("RGB", (32, 32), "red").save(folder / "train" / "cat" / "1.png")
@@ -228,9 +230,9 @@ def test_folder_is_decoded_once_and_again_when_it_changes(folder, tmp_path, monk
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_a_picture_of_another_mode_is_converted_or_refused_as_asked(tmp_path, mode):
     Image.new("RGB", (40, 20), "white").convert(mode).save(tmp_path / "picture.tif")
-    assert (data.decode_one(tmp_path / "picture.tif") == 255).all()
+    assert (pictures.decode_one(tmp_path / "picture.tif") == 255).all()
     with pytest.raises(RunError, match=f"picture.tif cannot be read as a picture .its mode is {mode}, not RGB"):
-        data.decode_one(tmp_path / "picture.tif", convert=False)
+        pictures.decode_one(tmp_path / "picture.tif", convert=False)
 
 
 def test_unreadable_picture_is_named(folder, tmp_path, capsys):

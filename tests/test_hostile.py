@@ -21,9 +21,11 @@ from PIL import Image
 from test_data import members, write_archive
 
 import checkpoint
+import cifar
 import data
 import evaluate
 import lr_range
+import pictures
 import plots
 import train
 from cli import RunError, UsageError
@@ -161,7 +163,7 @@ def test_without_a_recipe_a_checkpoint_is_evaluated_all_the_same(good, tiny_shap
 def known(monkeypatch, path):
     """Let this archive be the official one."""
     hashes = {name: hashlib.new(name, path.read_bytes()).hexdigest() for name in ("md5", "sha256")}
-    monkeypatch.setitem(data.ARCHIVES, "cifar10", dataclasses.replace(data.ARCHIVES["cifar10"], hashes=hashes, mirrors=(path.as_uri(),)))
+    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", dataclasses.replace(cifar.ARCHIVES["cifar10"], hashes=hashes, mirrors=(path.as_uri(),)))
     monkeypatch.delenv("CIFAR10_URL", raising=False)
 
 
@@ -169,12 +171,12 @@ def test_no_corrupted_archive_is_taken_for_the_official_one(tmp_path, monkeypatc
     """None passes the digest; and one that did would still end in a line."""
     archive = write_archive(tmp_path / "cifar-10-python.tar.gz", members())
     known(monkeypatch, archive)
-    content, official = archive.read_bytes(), data.ARCHIVES["cifar10"]
+    content, official = archive.read_bytes(), cifar.ARCHIVES["cifar10"]
     failed, slowest = 0, 0.0
     for number in range(CORRUPTIONS):
         archive.write_bytes(corrupt(content, number))
-        assert archive.read_bytes() == content or data.wrong_hash(archive, official)
-        monkeypatch.setattr(data, "wrong_hash", lambda path, archive: None)
+        assert archive.read_bytes() == content or cifar.wrong_hash(archive, official)
+        monkeypatch.setattr(cifar, "wrong_hash", lambda path, archive: None)
         started = time.monotonic()
         try:
             data.load("cifar10", tmp_path / str(number))
@@ -187,7 +189,7 @@ def test_no_corrupted_archive_is_taken_for_the_official_one(tmp_path, monkeypatc
     print(f"{failed} of {CORRUPTIONS} could not be unpacked or read; the slowest took {slowest:.2f} s")
     assert failed > 0.5 * CORRUPTIONS and slowest < 10
     archive.write_bytes(corrupt(content, 1))
-    monkeypatch.setitem(data.ARCHIVES, "cifar10", official)
+    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", official)
     with pytest.raises(RunError, match="not the official archive"):
         data.load("cifar10", tmp_path / "last")
 
@@ -231,12 +233,12 @@ def test_two_processes_may_fetch_at_once(tmp_path, monkeypatch, capsys):
     archive = write_archive(tmp_path / "mirror.tar.gz", members())
     known(monkeypatch, archive)
 
-    def slow(url, path, download=data.try_download):
-        monkeypatch.setattr(data, "try_download", download)
+    def slow(url, path, download=cifar.try_download):
+        monkeypatch.setattr(cifar, "try_download", download)
         data.load("cifar10", tmp_path / "data")  # the other one is faster
         return download(url, path)
 
-    monkeypatch.setattr(data, "try_download", slow)
+    monkeypatch.setattr(cifar, "try_download", slow)
     assert len(data.load("cifar10", tmp_path / "data").train_images) == 100
     assert os.listdir(tmp_path / "data") == ["cifar-10-batches-py"]
 
@@ -266,7 +268,7 @@ def test_a_picture_bomb_is_refused_by_name(tmp_path, capsys, width, height):
 
 def test_the_largest_picture_is_not_a_bomb(tmp_path):
     Image.new("L", (8192, 8192), 77).save(tmp_path / "large.png")
-    assert data.decode_one(tmp_path / "large.png").tolist() == [[[77] * 32] * 32] * 3
+    assert pictures.decode_one(tmp_path / "large.png").tolist() == [[[77] * 32] * 32] * 3
 
 
 def test_names_with_broken_tex_are_drawn_as_they_stand(tmp_path):
