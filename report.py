@@ -109,6 +109,14 @@ def ablation():
     return markdown(["taken away", "flags", "n", "mean ± std", "difference"], lines)
 
 
+def rates():
+    """What every suggestion of the range test trains recipe original to, and at the end rates that nothing suggested."""
+    rows = [row for row in read(PICTURES / "lr_study.csv") if row["recipe"] == "original"]
+    suggested = [[row["sweep"], row["suggestion"], row["max_lr"], row["accuracy"]] for row in rows if row["sweep"]]
+    others = [["", "none", row["max_lr"], row["accuracy"]] for row in rows if not row["sweep"]]
+    return markdown(["sweep", "suggestion", "--max-lr", "accuracy"], suggested + others)
+
+
 def speed():
     """A training step on a CPU, every way."""
     rows = []
@@ -180,7 +188,7 @@ def import_graph():
     return "```\n" + "\n".join(textwrap.fill("  ".join(row), 100) for row in rows) + "\n```"
 
 
-TABLES = {"headline": headline, "accuracy": accuracy, "log": log, "ablation": ablation, "heat": heat, "speed": speed, "resources": resources, "imports": import_graph}
+TABLES = {"headline": headline, "accuracy": accuracy, "log": log, "ablation": ablation, "rates": rates, "heat": heat, "speed": speed, "resources": resources, "imports": import_graph}
 
 
 def written(text):
