@@ -328,6 +328,8 @@ def parse():
     arguments = parser.parse_args()
     if arguments.image and (arguments.correct or arguments.class_name or arguments.metrics):
         parser.error("--image is about pictures of yours; --correct, --class and --metrics are about test pictures")
+    if arguments.metrics and (arguments.correct or arguments.class_name):
+        parser.error("--metrics is about test pictures of all kinds; --correct and --class choose which to show")
     return arguments
 
 

@@ -78,6 +78,8 @@ WRONG_COMMANDS = [
     (gradcam, ["--n", 0], "--n"),
     (gradcam, ["--metrics", 0], "--metrics"),
     (gradcam, ["--seed", "x"], "--seed"),
+    (gradcam, ["--metrics", 10, "--correct"], "--metrics is about test pictures of all kinds"),
+    (gradcam, ["--metrics", 10, "--class", "cat"], "--metrics is about test pictures of all kinds"),
     (gradcam, ["--image"], "--image"),
     (gradcam, ["--image", HERE, "--correct"], "--image is about pictures of yours"),
     (evaluate, ["--ckpt", "missing.pt"], "missing.pt does not exist"),
