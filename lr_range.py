@@ -121,7 +121,7 @@ def suggest(history, mode="linear"):
     if fall <= max(4 * noise, 0.01 * abs(history[0]["loss"])):
         reason = f"the loss falls by {max(fall, 0):.2g} from its start, no more than its noise ({noise:.2g}) explains"
         return dict.fromkeys(names, Suggestion(None, reason))
-    chosen = dict(zip(names, (steepest(history, lowest, mode), tenth_of_minimum(history, lowest), best_accuracy(history), valley(history))))
+    chosen = dict(zip(names, (steepest(history, lowest, mode), tenth_of_minimum(history, lowest), best_accuracy(history), valley(history[: lowest + 1]))))
     return {name: pick if pick.rate is None or pick.rate > 0 else Suggestion(None, "the rate found is 0") for name, pick in chosen.items()}
 
 
@@ -150,7 +150,7 @@ def best_accuracy(history):
 
 
 def valley(history):
-    """The middle of the longest descent: of the longest falling subsequence of the smoothed loss."""
+    """The middle of the longest descent, of a history up to its minimum: the longest falling subsequence of the smoothed loss."""
     smoothed = [row["smoothed"] for row in history]
     length, before = [1] * len(smoothed), [-1] * len(smoothed)
     for i, value in enumerate(smoothed):
@@ -209,7 +209,7 @@ def main():
     if recipe.batch_size > len(dataset.train_images):
         raise UsageError(f"{dataset.name} has {len(dataset.train_images)} training pictures, fewer than one batch of {recipe.batch_size}")
     normalize = Normalize(dataset.mean, dataset.std, runtime.device)
-    model = build_model(recipe, dataset, arguments.seed, runtime.device)
+    model = build_model(recipe, dataset.num_classes, arguments.seed, runtime.device)
     trainer = Trainer(model, dataset, recipe, runtime, normalize, arguments.seed)
     sweep = rates(arguments.start_lr, arguments.end_lr, arguments.epochs, arguments.mode)
     steps = arguments.steps_per_epoch or (CPU_STEPS if runtime.device.type == "cpu" else trainer.steps_per_epoch)

@@ -142,6 +142,12 @@ def test_a_noisy_bowl_gives_nearly_the_same():
     assert picks["valley"].rate == pytest.approx(0.17, abs=0.08)
 
 
+def test_a_recovery_from_a_burst_is_no_valley():
+    """Most of the sweep falls, from high above to not quite the minimum; what lies before the minimum is read off all the same."""
+    picks = suggest(history_of([bowl(x) if x < 0.4 else 9 - 7 * x for x in GRID]), "linear")
+    assert picks["valley"].rate == pytest.approx(0.17, abs=0.03)
+
+
 def test_steepest_is_measured_on_the_axis_that_was_swept():
     sweep = rates(1e-4, 1, 200, "exp")
     losses = [2.3 - 1 / (1 + math.exp(-3 * math.log(rate / 0.01))) + (max(rate - 0.2, 0)) for rate in sweep]
