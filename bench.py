@@ -94,7 +94,7 @@ def time_way(name, steps):
     dataset = data.load_shapes(train=(WARM_UP + steps) * BATCH, test=10)
     normalize = Normalize(dataset.mean, dataset.std, "cpu")
     recipe = RECIPES["original"]
-    trainer = Trainer(build_model(recipe, dataset, 1, "cpu"), dataset, recipe, runtime, normalize, 1)
+    trainer = Trainer(build_model(recipe, dataset.num_classes, 1, "cpu"), dataset, recipe, runtime, normalize, 1)
     update = per_picture_updates(trainer, normalize) if name == PER_PICTURE else batched_updates(trainer)
     talk = torch.zeros(sum(p.numel() for p in trainer.model.parameters()) + 2)
     times = milliseconds(update)

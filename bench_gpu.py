@@ -151,7 +151,7 @@ def step_ways(dataset, device):
     def make(kernels_name, graphs, forward=None):
         runtime = Runtime(device.type, "bf16", kernels_name)
         runtime.forward = forward or runtime.forward
-        trainer = Trainer(build_model(recipe, dataset, 1, device), dataset, recipe, runtime, normalize, 1)
+        trainer = Trainer(build_model(recipe, dataset.num_classes, 1, device), dataset, recipe, runtime, normalize, 1)
         trainer.graphs = trainer.graphs if graphs else None
         return trainer
 

@@ -67,7 +67,8 @@ class Runtime:
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         else:
-            name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+            threads = torch.get_num_threads()
+            name = f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
         ranks = f", {self.ranks.world} ranks" if self.ranks.world > 1 else ""
         return f"{self.device.type} ({name}), {self.precision}, {self.forward.__module__}.{self.forward.__name__}{ranks}"
 

@@ -187,7 +187,7 @@ class Run:
         with understood(folder / "last.pt") if content else contextlib.nullcontext():
             self.seed, self.max_steps, self.save_every = config["seed"], config["max_steps"] or math.inf, config["save_every"] or math.inf
             self.normalize = Normalize(dataset.mean, dataset.std, runtime.device)
-            model = build_model(recipe, dataset, self.seed, runtime.device)
+            model = build_model(recipe, dataset.num_classes, self.seed, runtime.device)
             self.trainer = Trainer(model, dataset, recipe, runtime, self.normalize, self.seed)
             self.total = min(self.trainer.schedule.total_steps, self.max_steps)
             if content:

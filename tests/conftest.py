@@ -80,7 +80,7 @@ def small_recipe(**changes):
 def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
     """A fresh Trainer on `device`, where the dataset's tensors are, and its Normalize."""
     normalize = Normalize(dataset.mean, dataset.std, device)
-    model = build_model(recipe, dataset, seed, device)
+    model = build_model(recipe, dataset.num_classes, seed, device)
     return Trainer(model, dataset, recipe, Runtime(device, **runtime), normalize, seed), normalize
 
 

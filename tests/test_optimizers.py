@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from augment import Augmentation, Normalize
+from augment import Augmentation
 from conftest import make_trainer
 from optimizers import COEFFICIENTS, Muon, MuonAndAdamW, orthogonalize, step_size
-from recipe import RECIPES, WHITENED_STD, build_model, build_vit
+from recipe import RECIPES, build_model, build_vit
 
 SHAPES = [(64, 64), (192, 64), (64, 256), (32, 27), (32, 128)]  # of the network's own
 SPECTRA = {
@@ -147,7 +147,7 @@ def test_every_group_follows_the_schedule(small):
 
 
 def test_a_pooled_start_averages_cells(small):
-    plain, pooled = (build_model(muon_recipe(pooled_start=on), small, 1, "cpu") for on in (False, True))
+    plain, pooled = (build_model(muon_recipe(pooled_start=on), small.num_classes, 1, "cpu") for on in (False, True))
     maps = torch.randn(2, 32, 16, 16)
     weight = pooled.stem.project.weight
     cells = F.avg_pool2d(maps, 2).flatten(2)  # (2, 32, 16, 16) -> (2, 32, 8, 8) -> (2, 32, 64)
@@ -158,23 +158,8 @@ def test_a_pooled_start_averages_cells(small):
         assert torch.equal(p, q) == (name != "stem.project.weight")
 
 
-def test_a_whitened_start_decorrelates(small):
-    """On the pictures that it was made from, strong directions come out uncorrelated; the second half is the first, negated."""
-    recipe = muon_recipe(whitened_start=True)
-    model = build_model(recipe, small, 1, "cpu")
-    weight = model.stem.conv1.weight.detach()
-    assert torch.equal(weight[:16], -weight[16:])
-    pictures = Normalize(small.mean, small.std, "cpu")(small.train_images)
-    maps = F.conv2d(pictures, weight[:6]).transpose(0, 1).flatten(1).double()  # (N, 6, 30, 30) -> (6, 900 N)
-    products = maps @ maps.T / maps.shape[1]
-    assert torch.allclose(products, WHITENED_STD**2 * torch.eye(6, dtype=torch.float64), rtol=0, atol=0.1 * WHITENED_STD**2)
-    assert not torch.equal(weight, build_model(recipe, small, 1, "cpu").stem.conv2.weight) and torch.equal(
-        weight, build_model(recipe, small, 2, "cpu").stem.conv1.weight
-    )
-
-
 def test_original_starts_as_pytorch_does(small):
-    ours, plain = build_model(RECIPES["original"], small, 1, "cpu"), build_vit(10, 1)
+    ours, plain = build_model(RECIPES["original"], small.num_classes, 1, "cpu"), build_vit(10, 1)
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), plain.parameters()))
 
 

@@ -41,7 +41,7 @@ def fifty_steps(torchrun):
     recipe = dataclasses.replace(RECIPES["original"], batch_size=64, max_lr=0.003)
     runtime = Runtime("cpu", "fp32", torchrun=torchrun)
     normalize = augment.Normalize(dataset.mean, dataset.std, "cpu")
-    trainer, losses = Trainer(build_model(recipe, dataset, 1 + runtime.ranks.rank, "cpu"), dataset, recipe, runtime, normalize, 1), []
+    trainer, losses = Trainer(build_model(recipe, dataset.num_classes, 1 + runtime.ranks.rank, "cpu"), dataset, recipe, runtime, normalize, 1), []
     step = trainer.step
 
     def noted(indices, *arguments):

@@ -86,7 +86,7 @@ def test_training_is_the_plain_loop(small):
     """Two epochs against torch's own scheduler, autograd's L1 term and the module called as it stands."""
     recipe = small_recipe(max_lr=0.003)
     trainer, normalize = make_trainer(small, recipe, precision="fp32", kernels_name="torch")
-    plain = build_model(recipe, small, 1, "cpu")
+    plain = build_model(recipe, small.num_classes, 1, "cpu")
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 0.003, total_steps=6, pct_start=5 / 24, div_factor=10, final_div_factor=10, anneal_strategy="linear"
@@ -130,7 +130,7 @@ def test_same_seed_same_bits_and_another_seed_others(small, precision):
 
 def test_building_a_model_leaves_the_global_random_state(small):
     before = torch.random.get_rng_state()
-    build_model(RECIPES["default"], small, 5, "cpu")
+    build_model(RECIPES["default"], small.num_classes, 5, "cpu")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -339,7 +339,7 @@ def test_without_bf16_or_glibc_the_run_goes_on(small, monkeypatch):
 
 def test_flip_tta_averages_the_mirrored_logits(small):
     runtime, normalize = Runtime("cpu", "fp32"), Normalize(small.mean, small.std, "cpu")
-    model = build_model(RECIPES["default"], small, 1, "cpu")
+    model = build_model(RECIPES["default"], small.num_classes, 1, "cpu")
     plain, mirrored = (engine.predict(runtime, model, normalize, images) for images in (small.test_images, small.test_images.flip(3)))
     both = engine.predict(runtime, model, normalize, small.test_images, tta=True)
     assert torch.allclose(both, (plain + mirrored) / 2, rtol=0, atol=1e-6) and not torch.allclose(both, plain, rtol=0, atol=1e-3)
