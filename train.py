@@ -22,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -312,7 +313,8 @@ def print_header(config, dataset, recipe):
     settings = dataclasses.asdict(recipe)
     augmentation = settings.pop("augmentation")
     for name, values in ((f"recipe    {config['recipe']}", settings), ("augment  ", augmentation)):
-        print(f"{name} " + ", ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()))
+        told = ", ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+        print(textwrap.fill(f"{name} {told}", 79, subsequent_indent=" " * 10))
 
 
 def git_commit():
