@@ -51,6 +51,8 @@ def test_from_the_command_line_to_an_evaluated_checkpoint(tmp_path, source):
     assert (done.returncode, done.stderr) == (0, "")
     assert f"data set  {name}: 50,000 train, 10,000 test, 10 classes" in done.stdout
     assert "\r" not in done.stdout  # no progress bar in a file
+    settings = done.stdout[done.stdout.index("recipe ") : done.stdout.index("\nseed 1, ")]
+    assert "pooled_start True" in settings and max(map(len, settings.splitlines())) < 80
     (folder,) = (out / "runs").iterdir()
     assert folder.name.endswith(f"-default-{name}-seed1")
     assert sorted(os.listdir(folder)) == ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
