@@ -1,8 +1,8 @@
-"""Where the network looks: heat maps of what a class owes to each place of a picture, and how far to believe them.
+"""Where the network looks: heat maps of what a class owes to each place of a picture.
 
     python gradcam.py --ckpt best.pt --n 10             # ten misclassified test pictures: gradcam.png
     python gradcam.py --ckpt best.pt --image cat.jpg    # pictures of yours: the three likeliest classes
-    python gradcam.py --ckpt best.pt --metrics          # every method beside maps that know nothing: gradcam_metrics.csv
+    python gradcam.py --ckpt best.pt --metrics          # every method, judged: gradcam_metrics.csv
 
 Tokens of this network are channels, so nothing behind the stem has rows and columns; the maps are read off the stem,
 by default off its second GELU: 32 channels of 16x16. They, and the predictions beside them, come from vit.py's plain
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
+import faithfulness
 import plots
 from augment import Normalize
 from cifar import SIDE
@@ -29,9 +30,6 @@ LAYER = "stem.gelu2"
 TOKEN_LAYERS = ("stem.conv2", "stem.gelu2")  # whose channels are the tokens, so that attention speaks of them
 METHOD = "hirescam"  # the best insertion and deletion on CIFAR-10; README, "Where it looks"
 METRICS_BATCH = 250
-STEPS = 32  # of insertion and deletion: 32 pixels a step
-BLUR = 4.0  # pixels, the deviation of the Gaussian where insertion starts
-MEASURES = {"insertion": "insertion AUC ↑", "deletion": "deletion AUC ↓", "pointing": "pointing game ↑", "inside": "heat inside the object ↑"}
 
 
 # --- one map from a layer's activations (B, C, h, w) and a class's gradients, of the same shape: (B, h, w) ---
@@ -196,46 +194,7 @@ def check_layer(layer, shapes):
         raise ValueError(f"layer {layer!r} gives {shapes[layer]} a picture: no rows and columns, as tokens are channels; maps can be read off {fit}")
 
 
-# --- how far to believe a map ---
-
-
-def replace_in_order(score, start, end, heat, generator):
-    """`score` while the pixels of `start` are replaced by those of `end`, hottest first: (B, STEPS + 1).
-
-    start and end are (B, 3, S, S), heat is (B, S, S); `score` takes such pictures and gives (B,). Equally hot pixels
-    come in random order.
-    """
-    B, S, _ = heat.shape
-    shuffled = torch.rand(B, S * S, generator=generator).argsort(1).to(heat.device)
-    order = shuffled.gather(1, heat.flatten(1).gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(S * S, device=heat.device).expand(B, -1)).view(B, 1, S, S)
-    return torch.stack([score(torch.where(rank < S * S * step // STEPS, end, start)) for step in range(STEPS + 1)], dim=1)
-
-
-def area(curves):
-    """Area under curves (B, n) over [0, 1], by trapezoids: (B,)."""
-    return (curves[:, 1:] + curves[:, :-1]).mean(1) / 2
-
-
-def pointing(heat, masks):
-    """Whether the hottest pixel of each map (B, S, S) lies in the object's mask (B, S, S; bool); of equals, the share that does.
-
-    The pointing game of Zhang et al. 2016, arXiv:1608.00507, without its tolerance. A map of zeros points everywhere.
-    """
-    hottest = heat == heat.amax((1, 2), keepdim=True)
-    return (hottest & masks).sum((1, 2)) / hottest.sum((1, 2))
-
-
-def heat_inside(heat, masks):
-    """Share of each map's heat that lies in the mask, (B,); a map of zeros is everywhere equally warm."""
-    heat = torch.where(heat.amax((1, 2), keepdim=True) > 0, heat, 1)
-    return (heat * masks).sum((1, 2)) / heat.sum((1, 2))
-
-
-def gaussian(size, deviation):
-    """A bell around the diagonal, float32 (size, size), rows of sum 1."""
-    place = torch.arange(size)
-    return (-((place[:, None] - place) ** 2) / (2 * deviation**2)).softmax(1)  # divides by the row's sum
+# --- every method's maps, beside those that know nothing ---
 
 
 def rivals(images, grid, generator):
@@ -255,18 +214,16 @@ def rivals(images, grid, generator):
 
 @torch.no_grad()
 def measure(model, runtime, layer, images, masks, generator, after_batch=lambda done: None):
-    """How far to believe each method's maps, and its rivals', for the predicted classes of normalised images (N, 3, S, S).
+    """{map: {measure: (N,)}} of each method's maps and its rivals', for the predicted classes of normalised images (N, 3, S, S).
 
-    Insertion and deletion of Petsiuk et al. 2018, arXiv:1806.07421: the mean probability of that class while pixels are
-    put into the blurred picture, or replaced by the data's mean (0), hottest first. With masks (N, S, S; bool), also the
-    pointing game and the heat inside. Returns {map: {measure: (N,)}}.
+    Measures and masks (N, S, S; bool, or None) are those of faithfulness.py.
     """
-    found, S = {}, images.shape[-1]
-    blur = gaussian(S, BLUR).to(images.device)
+    found = {}
     grid = layer_shapes(model, images[:1])[layer][1:]
     methods = METHODS if layer in TOKEN_LAYERS else GRADIENT_METHODS
     for start in range(0, len(images), METRICS_BATCH):
         batch = images[start : start + METRICS_BATCH]
+        inside = None if masks is None else masks[start : start + METRICS_BATCH]
         targets = model(batch).argmax(1)
         maps = rivals(batch, grid, generator)
         maps |= {method: GradCAM(model, layer, method)(batch, targets) for method in methods}
@@ -275,36 +232,10 @@ def measure(model, runtime, layer, images, masks, generator, after_batch=lambda 
             return runtime.logits(model, pictures).softmax(1).gather(1, targets[:, None])[:, 0]
 
         for name, heat in maps.items():
-            values = {
-                "insertion": area(replace_in_order(score, blur @ batch @ blur.T, batch, heat, generator)),
-                "deletion": area(replace_in_order(score, batch, torch.zeros_like(batch), heat, generator)),
-            }
-            if masks is not None:
-                inside = masks[start : start + METRICS_BATCH]
-                values |= {"pointing": pointing(heat, inside), "inside": heat_inside(heat, inside)}
-            for key, value in values.items():
+            for key, value in faithfulness.measure(heat, batch, inside, score, generator).items():
                 found.setdefault(name, {}).setdefault(key, []).append(value)
         after_batch(start + len(batch))
     return {name: {key: torch.cat(parts) for key, parts in values.items()} for name, values in found.items()}
-
-
-def summarise(found, **about):
-    """A row for each map that `measure` found: `about`, then every measure's mean and standard error."""
-    rows = []
-    for name, values in found.items():
-        row = {**about, "map": name}
-        for measure, value in values.items():
-            row |= {measure: value.double().mean().item(), f"{measure}_se": value.double().std().item() / len(value) ** 0.5}
-        rows.append(row)
-    return rows
-
-
-def markdown(rows):
-    """Rows of `summarise` as a table, mean ± standard error."""
-    measures = [name for name in MEASURES if name in rows[0]]
-    lines = [f"| map | {' | '.join(MEASURES[name] for name in measures)} |", "|---" * (1 + len(measures)) + "|"]
-    lines += [f"| {row['map']} | " + " | ".join(f"{row[name]:.3f} ± {row[name + '_se']:.3f}" for name in measures) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 # --- the script ---
@@ -369,9 +300,9 @@ def report(arguments, content, model, runtime, normalize):
     progress = Progress("pictures", count)
     found = measure(model, runtime, arguments.layer, normalize(dataset.test_images[places]), masks, generator, progress.update)
     progress.clear()
-    rows = summarise(found, dataset=dataset.name, n=count, layer=arguments.layer)
+    rows = faithfulness.summarise(found, dataset=dataset.name, n=count, layer=arguments.layer)
     write_csv(folder / "gradcam_metrics.csv", rows)
-    print(f"\n{markdown(rows)}\n\nmean ± standard error\nsaved {folder / 'gradcam_metrics.csv'}")
+    print(f"\n{faithfulness.markdown(rows)}\n\nmean ± standard error\nsaved {folder / 'gradcam_metrics.csv'}")
 
 
 def show(arguments, content, cam, device, normalize):
