@@ -1,4 +1,4 @@
-"""What the README says of the commands is so: every flag in it exists, and every flag that there is stands in it."""
+"""What the README says of the commands and the tests is so: what it names exists, and every flag that there is stands in it."""
 
 import re
 
@@ -39,3 +39,13 @@ def test_every_flag_in_the_readme_exists(flags):
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_every_flag_is_in_the_readme(flags, name):
     assert not flags[name] - set(FLAG.findall(README))
+
+
+def test_every_test_in_the_readme_exists():
+    named, file = [], None
+    for of, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", README):
+        file = of or file
+        named.append((file, test))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (report.HERE / "tests" / file).read_text(), (file, test)
