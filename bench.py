@@ -38,7 +38,7 @@ import data
 from augment import Normalize
 from cli import Parser, Progress, RunError, UsageError, add_data_arguments, output_file, positive_int, run
 from engine import Runtime, Trainer
-from files import write_csv
+from files import markdown, write_csv
 from recipe import RECIPES, build_model
 
 BATCH = 512
@@ -171,10 +171,9 @@ def report(results, machine):
     return rows
 
 
-def print_table(rows, columns):
-    print("| " + " | ".join(column.replace("_", " ") for column in columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
-    for row in rows:
-        print("| " + " | ".join(str(row[column]) for column in columns) + " |", flush=True)
+def table(rows, columns):
+    """Rows as text; a column is headed by its name in words."""
+    return markdown([column.replace("_", " ") for column in columns], [[row[column] for column in columns] for row in rows])
 
 
 def resources():
@@ -228,7 +227,7 @@ def main():
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--resources", action="store_true", help="instead, compile every kernel for three GPUs and tell what it takes of them")
     instead.add_argument("--scaling", action="store_true", help="instead, measure our way on one and on two ranks of this CPU, a thread each")
-    instead.add_argument("--way", choices=list(WAYS), help="measure this one way once, on the CPU in this process, and print JSON (default: all)")
+    instead.add_argument("--way", choices=list(WAYS), metavar="WAY", help="measure this one way of the table once, on the CPU in this process, and print JSON (default: all)")
     add_data_arguments(parser, default="shapes")
     arguments = parser.parse_args()
     if arguments.csv:
@@ -244,11 +243,11 @@ def main():
         rows, columns = bench_gpu.measure(data.load(arguments.data, arguments.data_dir, device), device), bench_gpu.COLUMNS
         print(", ".join(f"{name} {value}" for name, value in rows[0].items() if name not in columns))
     else:
-        print_table(bench_gpu.measure(None, torch.device("cpu")), ("what", "way", "us", "range", "error"))
+        print(table(bench_gpu.measure(None, torch.device("cpu")), ("what", "way", "us", "range", "error")))
         print("\nNothing was measured on a GPU: this machine, or this build of torch, has none.\n")
         rows, columns = on_cpu(arguments.rounds, arguments.steps)
     rows = list(rows)
-    print_table(rows, columns)
+    print(table(rows, columns))
     if arguments.csv:
         write_csv(arguments.csv, rows)
 

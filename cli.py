@@ -50,10 +50,10 @@ class Stop:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds "(default: ...)" to a flag's help, unless the help says in words what happens without the flag."""
+    """Adds "(default: ...)" to the help of a flag that takes a value, unless it says in words what happens without the flag."""
 
     def _get_help_string(self, action):
-        return action.help if "(default: " in (action.help or "") else super()._get_help_string(action)
+        return action.help if action.nargs == 0 or "(default: " in action.help else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,15 +72,13 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
-    except (UsageError, RunError) as error:
-        sys.exit(_say(f"{name}: error: {one_line(error)}", error.status))
-    except Stopped as stopped:
-        sys.exit(_say(f"{name}: {stopped}", stopped.status))
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        sys.exit(_say(f"{name}: error: {one_line(error)}", 1))
+    except (UsageError, RunError, OSError) as error:
+        sys.exit(_say(f"{name}: error: {one_line(error)}", getattr(error, "status", 1)))
+    except Stopped as stopped:
+        sys.exit(_say(f"{name}: {stopped}", stopped.status))
     except KeyboardInterrupt:
         sys.exit(_say(f"\n{name}: stopped", 130))
 

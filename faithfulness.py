@@ -5,6 +5,8 @@ Insertion and deletion are Petsiuk et al. 2018, arXiv:1806.07421; the pointing g
 
 import torch
 
+from files import markdown
+
 STEPS = 32  # of insertion and deletion: 32 pixels a step
 BLUR = 4.0  # pixels, the deviation of the Gaussian where insertion starts
 MEASURES = {"insertion": "insertion AUC ↑", "deletion": "deletion AUC ↓", "pointing": "pointing game ↑", "inside": "heat inside the object ↑"}
@@ -74,9 +76,8 @@ def summarise(found, **about):
     return rows
 
 
-def markdown(rows):
-    """Rows of `summarise` as a table, mean ± standard error."""
+def table(rows):
+    """Rows of `summarise` as text, mean ± standard error."""
     measures = [name for name in MEASURES if name in rows[0]]
-    lines = [f"| map | {' | '.join(MEASURES[name] for name in measures)} |", "|---" * (1 + len(measures)) + "|"]
-    lines += [f"| {row['map']} | " + " | ".join(f"{row[name]:.3f} ± {row[name + '_se']:.3f}" for name in measures) + " |" for row in rows]
-    return "\n".join(lines)
+    cells = [[row["map"], *(f"{row[name]:.3f} ± {row[name + '_se']:.3f}" for name in measures)] for row in rows]
+    return markdown(["map", *(MEASURES[name] for name in measures)], cells)

@@ -1,4 +1,4 @@
-"""Files are written whole: under a temporary name, then renamed, so that no reader ever meets half of one."""
+"""Files are written whole: under a temporary name, then renamed, so that no reader ever meets half of one; and tables."""
 
 import contextlib
 import csv
@@ -42,3 +42,15 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path):
+    """Rows of a table with a head, as dicts of text."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(head, rows):
+    """A table as text."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

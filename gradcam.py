@@ -302,7 +302,7 @@ def report(arguments, content, model, runtime, normalize):
     progress.clear()
     rows = faithfulness.summarise(found, dataset=dataset.name, n=count, layer=arguments.layer)
     write_csv(folder / "gradcam_metrics.csv", rows)
-    print(f"\n{faithfulness.markdown(rows)}\n\nmean ± standard error\nsaved {folder / 'gradcam_metrics.csv'}")
+    print(f"\n{faithfulness.table(rows)}\n\nmean ± standard error\nsaved {folder / 'gradcam_metrics.csv'}")
 
 
 def show(arguments, content, cam, device, normalize):

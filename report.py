@@ -7,14 +7,13 @@ A table stands in the README between `<!-- NAME -->` and `<!-- end of NAME -->`,
 """
 
 import ast
-import csv
 import statistics
 import textwrap
 from pathlib import Path
 
 import plots
 from cli import Parser, RunError, run
-from files import replacing
+from files import markdown, read_csv, replacing
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -23,19 +22,8 @@ README = HERE / "README.md"
 CURVES = HERE / "docs" / "curves.png"
 
 
-def read(path):
-    """Rows of a table as dicts of text."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def column(rows, name):
     return [float(row[name]) for row in rows]
-
-
-def markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def mean_std(values, digits=2):
@@ -47,14 +35,14 @@ def mean_std(values, digits=2):
 def histories(recipe, precision="bf16"):
     """Rows of each kept run of a recipe on the JPEG copy, by seed."""
     paths = PICTURES.glob(f"{recipe}-{precision}-seed*.csv")
-    return {int(path.stem.rsplit("seed", 1)[1]): read(path) for path in sorted(paths)}
+    return {int(path.stem.rsplit("seed", 1)[1]): read_csv(path) for path in sorted(paths)}
 
 
 def headline():
     """The last epoch of the run to reproduce and of every recipe, and how long those took that had the machine to themselves."""
-    theirs = int(read(RESULTS / "original_log.csv")[-1]["test_correct_of_10000"]) / 100
+    theirs = int(read_csv(RESULTS / "original_log.csv")[-1]["test_correct_of_10000"]) / 100
     took = [sum(column(rows, "seconds")) for rows in histories("original").values()]
-    drawn = sum(column(read(RESULTS / "shapes-default-bf16-seed1.csv"), "seconds"))
+    drawn = sum(column(read_csv(RESULTS / "shapes-default-bf16-seed1.csv"), "seconds"))
     recipes = {
         "original": (f"{min(took):.0f} to {max(took):.0f} s", ""),
         "default": (f"{drawn:.0f} s, on `shapes`", ", [what each part is worth](#recipes)"),
@@ -71,7 +59,7 @@ def headline():
 
 def accuracy():
     """Accuracy of every recipe: the last epoch is the result, the best and flip-TTA are for comparison."""
-    runs = read(PICTURES / "runs.csv")
+    runs = read_csv(PICTURES / "runs.csv")
     rows = []
     for command in dict.fromkeys(row["command"] for row in runs):
         of_command = [row for row in runs if row["command"] == command]
@@ -91,7 +79,7 @@ def accuracy():
 
 def log():
     """Seed 1 of recipe original beside the log of the run that it reproduces."""
-    ours, theirs = histories("original")[1], read(RESULTS / "original_log.csv")
+    ours, theirs = histories("original")[1], read_csv(RESULTS / "original_log.csv")
     rows = []
     for a, b in zip(ours, theirs):
         losses = [f"{float(a[name]):.4f}" for name in ("train_loss", "test_loss")]
@@ -106,7 +94,7 @@ def log():
 
 def ablation():
     """What accuracy on held-out pictures becomes when one part of recipe default is taken away."""
-    rows = read(PICTURES / "ablation.csv")
+    rows = read_csv(PICTURES / "ablation.csv")
     parts = {part: [row for row in rows if row["part"] == part] for part in dict.fromkeys(row["part"] for row in rows)}
     whole = statistics.mean(column(next(iter(parts.values())), "accuracy"))
     lines = []
@@ -119,7 +107,7 @@ def ablation():
 
 def rates():
     """What every suggestion of the range test trains recipe original to, and at the end rates that nothing suggested."""
-    rows = [row for row in read(PICTURES / "lr_study.csv") if row["recipe"] == "original"]
+    rows = [row for row in read_csv(PICTURES / "lr_study.csv") if row["recipe"] == "original"]
     suggested = [[row["sweep"], row["suggestion"], row["max_lr"], row["accuracy"]] for row in rows if row["sweep"]]
     others = [["", "none", row["max_lr"], row["accuracy"]] for row in rows if not row["sweep"]]
     return markdown(["sweep", "suggestion", "--max-lr", "accuracy"], suggested + others)
@@ -128,7 +116,7 @@ def rates():
 def speed():
     """A training step on a CPU, every way."""
     rows = []
-    for row in read(RESULTS / "bench_cpu.csv"):
+    for row in read_csv(RESULTS / "bench_cpu.csv"):
         ratio = [f"{row[name]} ({row[name + '_range']})" for name in ("times_plain", "times_per_picture")]
         rows.append([row["way"], row["ms_per_step"], row["pictures_per_second"], *ratio, row["first_step_ms"]])
     return markdown(["way", "ms a step", "pictures/s", "times as fast as eager fp32", "times as fast as per-picture", "first step, ms"], rows)
@@ -137,7 +125,7 @@ def speed():
 def resources():
     """What each kernel takes of sm_90, and what it spills elsewhere."""
     by_kernel = {}
-    for row in read(RESULTS / "kernel_resources.csv"):
+    for row in read_csv(RESULTS / "kernel_resources.csv"):
         by_kernel.setdefault(f"{row['kernel']}, {row['dtype']}", {})[row["target"]] = row
     rows = []
     for kernel, on in by_kernel.items():
@@ -150,7 +138,7 @@ def resources():
 
 def heat():
     """How far each map of gradcam.py may be believed, the best of each column in bold."""
-    photographs, shapes = ({row["map"]: row for row in read(RESULTS / "gradcam" / f"{name}.csv")} for name in ("cifar10-jpeg", "shapes"))
+    photographs, shapes = ({row["map"]: row for row in read_csv(RESULTS / "gradcam" / f"{name}.csv")} for name in ("cifar10-jpeg", "shapes"))
     columns = [(photographs, "insertion", max), (photographs, "deletion", min)]
     columns += [(shapes, "insertion", max), (shapes, "deletion", min), (shapes, "pointing", max), (shapes, "inside", max)]
     rows = []

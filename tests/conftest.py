@@ -2,8 +2,13 @@
 
 import copy
 import dataclasses
+import hashlib
+import io
 import os
+import pickle
+import pickletools
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ from PIL import Image
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # settled before a kernel is imported
 
 import checkpoint
+import cifar
 import data
 import files
 import plots
@@ -26,8 +32,9 @@ from cli import run
 from engine import Runtime, Trainer
 from recipe import RECIPES, build_model
 
+ROOT = Path(__file__).parent.parent
 # A folder of real CIFAR-10 pictures, train/<class>/* and test/<class>/*; tests that need one skip where there is none.
-CIFAR_COPY = Path(os.environ.get("CIFAR10_FOLDER", Path(__file__).parent.parent / "data" / "cifar10-folder"))
+CIFAR_COPY = Path(os.environ.get("CIFAR10_FOLDER", ROOT / "data" / "cifar10-folder"))
 
 
 @pytest.fixture
@@ -113,3 +120,51 @@ def tampered(content, *path, value=None):
     else:
         inner[path[-1]] = value
     return {**content, "sha256": checkpoint.sha256(content)}
+
+
+class Malicious:
+    """Unpickled, it leaves a file `executed` behind."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+# --- small CIFAR archives ---
+
+
+def batch(n, seed, classes=10):
+    random = np.random.default_rng(seed)
+    return {b"data": random.integers(0, 256, (n, 3072), dtype=np.uint8), b"labels": random.integers(0, classes, n).tolist()}
+
+
+def python2_pickle(content):
+    """Bytes as the official archives hold them, written by Python 2: old module names, and strings where we have bytes."""
+    written = bytearray(pickle.dumps(content, protocol=3).replace(b"numpy._core", b"numpy.core"))
+    older = {"BINBYTES": b"T", "SHORT_BINBYTES": b"U", "BINUNICODE": b"T"}  # opcodes of the same layout
+    for opcode, _, place in list(pickletools.genops(bytes(written))):
+        written[place : place + 1] = older.get(opcode.name, written[place : place + 1])
+    written[1] = 2  # the protocol
+    return bytes(written)
+
+
+def members():
+    """The files of a small CIFAR-10 archive: name -> bytes."""
+    files = {f"data_batch_{i}": batch(20, i) for i in range(1, 6)} | {"test_batch": batch(30, 9)}
+    files["batches.meta"] = {b"label_names": [f"class{i}".encode() for i in range(10)]}
+    return {name: python2_pickle(content) for name, content in files.items()}
+
+
+def write_archive(path, files, folder="cifar-10-batches-py"):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def make_official(monkeypatch, path):
+    """Let this archive be the official one, on the only mirror."""
+    hashes = {name: hashlib.new(name, path.read_bytes()).hexdigest() for name in ("md5", "sha256")}
+    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", dataclasses.replace(cifar.ARCHIVES["cifar10"], hashes=hashes, mirrors=(path.as_uri(),)))
+    monkeypatch.delenv("CIFAR10_URL", raising=False)

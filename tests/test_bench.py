@@ -1,21 +1,19 @@
 """Every kernel compiled for three GPUs, in a process of its own, as the tests' own runs the interpreter; and bench_gpu's rows."""
 
-import csv
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import bench as bench_script
 import bench_gpu
+import files
 from cli import RunError
 
 triton = pytest.importorskip("triton")  # not on every platform
-
-ROOT = Path(__file__).parent.parent
 
 
 def bench(*arguments, **environment):
@@ -28,8 +26,7 @@ def rows(tmp_path_factory):
     file = tmp_path_factory.mktemp("resources") / "resources.csv"
     done = bench("--resources", "--csv", file)
     assert done.returncode == 0, done.stderr
-    with open(file) as lines:
-        rows = {(row["kernel"], row["dtype"], row["target"]): row for row in csv.DictReader(lines)}
+    rows = {(row["kernel"], row["dtype"], row["target"]): row for row in files.read_csv(file)}
     assert all(f"| {row['registers']} | {row['spilled_bytes']} |" in done.stdout for row in rows.values())
     return rows
 
@@ -106,6 +103,6 @@ def test_scaling_compares_round_by_round(tmp_path, monkeypatch, invoke):
     told = {1: [20.0, 40.0], 2: [10.0, 25.0]}
     monkeypatch.setattr(bench_script, "measure", lambda commands, rounds, **_: {ranks: [{"steps": [ms], "all_reduce": 0.5} for ms in told[ranks]] for ranks in commands})
     status, out, _ = invoke(bench_script, ["--scaling", "--rounds", 2, "--csv", tmp_path / "scaling.csv"])
-    one, two = csv.DictReader(open(tmp_path / "scaling.csv"))
+    one, two = files.read_csv(tmp_path / "scaling.csv")
     assert status == 0 and "| 2 | 17.5 | 1.80 | 1.60 to 2.00 | 0.50 |" in out
     assert (one["times_one_rank_range"], one["all_reduce_ms"], two["ranks"]) == ("1.00 to 1.00", "", "2")

@@ -1,21 +1,16 @@
 """Every source of pictures, and everything that may be wrong with one."""
 
-import dataclasses
-import hashlib
-import io
 import os
 import pickle
-import pickletools
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR_COPY
+from conftest import CIFAR_COPY, Malicious, batch, make_official, members, python2_pickle, write_archive
 from PIL import Image
 
-import cifar
 import data
 import pictures
 import shapes
@@ -23,56 +18,12 @@ from augment import Augmenter
 from cli import RunError, UsageError
 
 
-def batch(n, seed, classes=10):
-    random = np.random.default_rng(seed)
-    return {b"data": random.integers(0, 256, (n, 3072), dtype=np.uint8), b"labels": random.integers(0, classes, n).tolist()}
-
-
-def python2_pickle(content):
-    """Bytes as the official archives hold them, written by Python 2: old module names, and strings where we have bytes."""
-    written = bytearray(pickle.dumps(content, protocol=3).replace(b"numpy._core", b"numpy.core"))
-    older = {"BINBYTES": b"T", "SHORT_BINBYTES": b"U", "BINUNICODE": b"T"}  # opcodes of the same layout
-    for opcode, _, place in list(pickletools.genops(bytes(written))):
-        written[place : place + 1] = older.get(opcode.name, written[place : place + 1])
-    written[1] = 2  # the protocol
-    return bytes(written)
-
-
-def members():
-    """The files of a small CIFAR-10 archive: name -> bytes."""
-    files = {f"data_batch_{i}": batch(20, i) for i in range(1, 6)} | {"test_batch": batch(30, 9)}
-    files["batches.meta"] = {b"label_names": [f"class{i}".encode() for i in range(10)]}
-    return {name: python2_pickle(content) for name, content in files.items()}
-
-
-def write_archive(path, files, folder="cifar-10-batches-py"):
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"{folder}/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
     """A good archive on a mirror of its own, known by its hashes; the mirrors of the project are out of reach."""
     path = write_archive(tmp_path / "mirror.tar.gz", members())
-    hashes = {name: hashlib.new(name, path.read_bytes()).hexdigest() for name in ("md5", "sha256")}
-    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", dataclasses.replace(cifar.ARCHIVES["cifar10"], hashes=hashes, mirrors=(path.as_uri(),)))
-    monkeypatch.delenv("CIFAR10_URL", raising=False)
+    make_official(monkeypatch, path)
     return path
-
-
-@pytest.fixture
-def unreachable(monkeypatch):
-    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", dataclasses.replace(cifar.ARCHIVES["cifar10"], mirrors=("file:///nowhere/a", "file:///nowhere/b")))
-    monkeypatch.delenv("CIFAR10_URL", raising=False)
-
-
-@pytest.fixture
-def few_shapes(monkeypatch):
-    monkeypatch.setattr(data, "load_shapes", lambda load=data.load_shapes: load(40, 20))
 
 
 @pytest.fixture
@@ -140,11 +91,6 @@ def test_an_archive_already_in_the_data_folder_is_used_and_kept(mirror, tmp_path
     assert (tmp_path / "data" / "cifar-10-python.tar.gz").exists()
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -183,18 +129,11 @@ def test_cifar100_has_its_own_layout(tmp_path):
     assert dataset.mean == pytest.approx((dataset.train_images.double() / 255).mean((0, 2, 3)).tolist())
 
 
-def test_auto_without_cifar_warns_and_draws_shapes(unreachable, few_shapes, tmp_path, capsys):
+def test_auto_without_cifar_warns_and_draws_shapes(mirror, small_shapes, tmp_path, capsys):
+    mirror.unlink()
     dataset = data.load("auto", tmp_path / "data")
     assert dataset.name == dataset.source == "shapes"
     assert "WARNING: THIS IS NOT CIFAR-10" in capsys.readouterr().err
-    with pytest.raises(RunError, match="nowhere/a.*nowhere/b"):
-        data.load("cifar10", tmp_path / "data")
-
-
-def test_official_archives_are_known_by_the_published_digests():
-    assert cifar.ARCHIVES["cifar10"].hashes["md5"] == "c58f30108f718f92721af3b95e74349a"
-    assert cifar.ARCHIVES["cifar10"].hashes["sha256"] == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-    assert cifar.ARCHIVES["cifar100"].hashes["md5"] == "eb9058c3a382ffc7106e4002c42a8d85"
 
 
 # --- a folder of pictures ---
@@ -306,7 +245,7 @@ def test_a_linear_classifier_cannot_tell_shapes():
     y = torch.nn.functional.one_hot(labels).float()
     gram = x[:10_000].T @ x[:10_000] + 10 * torch.eye(x.shape[1])
     predictions = (x[10_000:] @ torch.linalg.solve(gram, x[:10_000].T @ y[:10_000])).argmax(1)
-    assert (predictions == labels[10_000:]).double().mean() < 0.5
+    assert (predictions == labels[10_000:]).double().mean() < 0.15
 
 
 def test_statistics_are_exact():
@@ -326,9 +265,11 @@ def test_held_out_pictures_are_train_pictures_that_are_trained_on_no_more(small)
     assert set(map(tuple, data.hold_out(small, 30).test_images.flatten(1).tolist())) <= set(map(tuple, held.test_images.flatten(1).tolist()))
 
 
-def test_samples_are_those_of_the_first_epochs_of_a_run(small_shapes, monkeypatch, tmp_path, invoke):
+def test_script_describes_and_draws_samples_of_the_first_epochs_of_a_run(small_shapes, monkeypatch, tmp_path, invoke):
     """Of a recipe whose crops are calm at the end, the five epochs that are shown are not."""
     made = []
     monkeypatch.setattr(data, "Augmenter", lambda *arguments: made.append(Augmenter(*arguments)) or made[0])
-    assert invoke(data, ["--data", "shapes", "--recipe", "default", "--out", tmp_path / "data.png"])[0] == 0
+    status, out, _ = invoke(data, ["--data", "shapes", "--recipe", "default", "--out", tmp_path / "data.png"])
+    assert status == 0 and "checkered" in out and "red        mean" in out
+    assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
     assert made[0].augmentation.calm_share and made[0].calm_from > 5

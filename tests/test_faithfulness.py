@@ -55,4 +55,4 @@ def test_pointing_and_heat_inside():
 def test_summary_is_mean_and_standard_error():
     rows = faithfulness.summarise({"a": {"insertion": torch.tensor([1.0, 2.0, 3.0, 4.0])}}, n=4)
     assert rows == [{"n": 4, "map": "a", "insertion": 2.5, "insertion_se": pytest.approx((5 / 3) ** 0.5 / 2)}]
-    assert faithfulness.markdown(rows).splitlines() == ["| map | insertion AUC ↑ |", "|---|---|", "| a | 2.500 ± 0.645 |"]
+    assert faithfulness.table(rows).splitlines() == ["| map | insertion AUC ↑ |", "| --- | --- |", "| a | 2.500 ± 0.645 |"]

@@ -1,6 +1,5 @@
 """Heat maps: what they equal where the answer is known, what they leave untouched, and how the script shows them."""
 
-import csv
 import dataclasses
 import itertools
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import faithfulness
 import gradcam
 from augment import Augmentation, Normalize
 from cli import UsageError
+from files import read_csv
 from gradcam import LAYER, METHODS, GradCAM, check_layer, has_grid, layer_shapes, to_unit
 from recipe import RECIPES, build_vit
 
@@ -454,7 +454,7 @@ def test_script_measures_every_method(ckpt, tmp_path, invoke, monkeypatch):
     arguments = ["--ckpt", ckpt, "--metrics", 20, "--out", tmp_path, "--seed", 3]
     status, out, err = invoke(gradcam, arguments)
     assert (status, err) == (0, "") and "| hirescam | 0." in out
-    rows = list(csv.DictReader(open(tmp_path / "gradcam_metrics.csv")))
+    rows = read_csv(tmp_path / "gradcam_metrics.csv")
     assert [row["map"] for row in rows] == ["random pixels", "random grid", "centre", "edges", *METHODS]
     assert list(rows[0])[:4] == ["dataset", "n", "layer", "map"] and rows[0]["n"] == "20"
     assert {f"{name}{end}" for name in faithfulness.MEASURES for end in ("", "_se")} <= set(rows[0])

@@ -3,7 +3,6 @@
 `torchrun tests/test_ranks.py FOLDER` is what each rank does for the first of them.
 """
 
-import csv
 import dataclasses
 import os
 import signal
@@ -14,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, run_folder, write_pictures
+from conftest import ROOT, make_trainer, run_folder, write_pictures
 
 import augment
 import checkpoint
 import data
 import train
 from engine import Runtime, Trainer, predict
+from files import read_csv
 from ranks import Ranks
 from recipe import RECIPES, build_model
 
-ROOT = Path(__file__).parent.parent
 STEPS = 50
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -195,10 +194,10 @@ def test_torchrun_goes_on_by_itself_after_a_rank_has_died(two_ranks, tmp_path, i
     assert agent.returncode == 0, told
     assert ", on from step " in out and out.count("last epoch: ") == 1  # rank 0 alone prints
     folder = run_folder(tmp_path)  # there is no other
-    rows = list(csv.DictReader(open(folder / "history.csv")))
+    rows = read_csv(folder / "history.csv")
     assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
     assert invoke(train, [*two_ranks, "--out", tmp_path / "alone"])[0] == 0
-    alone = list(csv.DictReader(open(run_folder(tmp_path / "alone") / "history.csv")))
+    alone = read_csv(run_folder(tmp_path / "alone") / "history.csv")
     assert [float(row["train_loss"]) for row in rows] == pytest.approx([float(row["train_loss"]) for row in alone], abs=1e-4)
     assert checkpoint.load(folder / "best.pt", "cpu") and checkpoint.load(folder / "last.pt", "cpu")[1]["epoch"] == 12
 

@@ -37,8 +37,12 @@ def test_every_flag_in_the_readme_exists(flags):
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
-def test_every_flag_is_in_the_readme(flags, name):
+def test_every_flag_is_in_the_readme_and_its_help_states_its_default(flags, invoke, name):
     assert not flags[name] - set(FLAG.findall(README))
+    _, *helps = invoke(SCRIPTS[name], ["--help"])[1].split("options:")[1].split("\n  --")  # before the first is --help itself
+    for text in helps:
+        takes_a_value = re.match(r"\S+ [A-Z{\[]", text) is not None
+        assert " ".join(text.split()).count("(default: ") == takes_a_value and "(default: None)" not in text, text
 
 
 def test_every_test_in_the_readme_exists():

@@ -4,7 +4,6 @@ Twenty moments of SIGKILL instead of five: KILLS=20 pytest tests/test_resume.py
 """
 
 import copy
-import csv
 import dataclasses
 import math
 import os
@@ -14,27 +13,26 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, run_folder, small_recipe, tampered, write_pictures
+from conftest import ROOT, make_trainer, run_folder, small_recipe, tampered, write_pictures
 
 import checkpoint
 import data
 import engine
 import train
 from cli import RunError
+from files import read_csv
 from recipe import RECIPES, Recipe
 
-ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", 5))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
 
 
 def ending(folder):
     """Everything that a finished run leaves, but for the seconds it took and the place where pictures are kept."""
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(open(folder / "history.csv"))]
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in read_csv(folder / "history.csv")]
     told = {"rows": rows, "curves": (folder / "curves.png").read_bytes().hex()}
     for name in ("best.pt", "last.pt"):
         content = torch.load(folder / name, weights_only=True)

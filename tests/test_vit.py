@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import vit
 from kernels import cpu, plain
-from vit import ViT, cost, cost_table
+from vit import ViT, cost
 
 # The layer table: operation's weights in order, (name, shape).
 STEM = [
@@ -105,9 +106,9 @@ def test_cost_follows_the_module_and_leaves_no_hooks():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_cost_table_shows_the_totals():
-    table = cost_table(ViT())
-    assert "72,170" in table and "74,346" in table and "4,359,040" in table
+def test_script_prints_the_totals(invoke):
+    status, table, _ = invoke(vit, [])
+    assert status == 0 and "72,170" in table and "74,346" in table and "4,359,040" in table
 
 
 @pytest.mark.parametrize(
