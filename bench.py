@@ -35,11 +35,10 @@ from PIL import Image
 
 import bench_gpu
 import data
-from augment import Normalize
 from cli import Parser, Progress, RunError, UsageError, add_data_arguments, output_file, positive_int, run
 from engine import Runtime, Trainer
 from files import markdown, write_csv
-from recipe import RECIPES, build_model
+from recipe import RECIPES
 
 BATCH = 512
 WARM_UP = 3  # steps before the timed ones
@@ -92,10 +91,8 @@ def time_way(name, steps):
     kernels_name, precision = WAYS[name]
     runtime = Runtime("cpu", precision, kernels_name, torchrun=True)
     dataset = data.load_shapes(train=(WARM_UP + steps) * BATCH, test=10)
-    normalize = Normalize(dataset.mean, dataset.std, "cpu")
-    recipe = RECIPES["original"]
-    trainer = Trainer(build_model(recipe, dataset.num_classes, 1, "cpu"), dataset, recipe, runtime, normalize, 1)
-    update = per_picture_updates(trainer, normalize) if name == PER_PICTURE else batched_updates(trainer)
+    trainer = Trainer(RECIPES["original"], dataset, runtime, 1)
+    update = per_picture_updates(trainer) if name == PER_PICTURE else batched_updates(trainer)
     talk = torch.zeros(sum(p.numel() for p in trainer.model.parameters()) + 2)
     times = milliseconds(update)
     return {"first": times[0], "steps": times[WARM_UP:], "all_reduce": statistics.median(milliseconds(runtime.ranks.add_up(talk) for _ in range(50)))}
@@ -118,9 +115,9 @@ def batched_updates(trainer):
         yield
 
 
-def per_picture_updates(trainer, normalize):
+def per_picture_updates(trainer):
     """The same with a DataLoader in front."""
-    pictures = PerPicture(trainer.dataset.train_images, trainer.dataset.train_labels, normalize)
+    pictures = PerPicture(trainer.dataset.train_images, trainer.dataset.train_labels, trainer.normalize)
     loader = torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, num_workers=2)
     for images, labels in loader:
         loss = F.cross_entropy(trainer.model(images), labels)

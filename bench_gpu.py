@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from augment import Normalize
 from cli import Progress, RunError, first_line
 from engine import Runtime, Trainer, predict, score, versions
 from kernels import plain
-from recipe import RECIPES, build_model
+from recipe import RECIPES
 from vit import Attention
 
 BATCH = 512
@@ -145,13 +144,11 @@ def time_half_block(function, owner, module, device, dtype, limits):
 
 def step_ways(dataset, device):
     """Name -> a function that makes a fresh Trainer of recipe `default` for every way of training."""
-    normalize = Normalize(dataset.mean, dataset.std, device)
-    recipe = RECIPES["default"]
 
     def make(kernels_name, graphs, forward=None):
         runtime = Runtime(device.type, "bf16", kernels_name)
         runtime.forward = forward or runtime.forward
-        trainer = Trainer(build_model(recipe, dataset.num_classes, 1, device), dataset, recipe, runtime, normalize, 1)
+        trainer = Trainer(RECIPES["default"], dataset, runtime, 1)
         trainer.graphs = trainer.graphs if graphs else None
         return trainer
 
@@ -185,7 +182,7 @@ def time_run(make, dataset):
     """The row of a whole training with an evaluation after each epoch, by the clock, and before it a warm-up, apart."""
 
     def evaluate(trainer):
-        return score(predict(trainer.runtime, trainer.averaged, trainer.augment.normalize, dataset.test_images), dataset.test_labels)
+        return score(predict(trainer.runtime, trainer.averaged, trainer.normalize, dataset.test_images), dataset.test_labels)
 
     started = time.perf_counter()
     trainer = make()

@@ -14,8 +14,7 @@ import kernels
 from augment import Augmenter, Normalize
 from cli import RunError, UsageError, first_line
 from ranks import Ranks
-from recipe import RECIPES, build_optimizer, build_vit
-from schedule import OneCycle
+from recipe import build_model, build_optimizer, build_schedule
 
 EVALUATION_BATCH = 1000  # one value everywhere: in bf16 the last bits of a logit may depend on the batch it came in
 
@@ -23,9 +22,9 @@ EVALUATION_BATCH = 1000  # one value everywhere: in bf16 the last bits of a logi
 class Runtime:
     """Where and how the model runs: a device, a dtype for activations and a spelling of the forward pass.
 
-    `device` is auto, cpu, cuda or mps; `precision` auto, fp32 or bf16; `kernels_name` auto, triton or
-    torch. With `torchrun`, a process that torchrun started joins the others. Raises UsageError for a device that is not
-    there, and for triton where it does not run.
+    `device` is auto, cpu, cuda or mps; `precision` auto, fp32 or bf16; `kernels_name` auto, triton or torch. With
+    `torchrun`, a process that torchrun started joins the others. Raises UsageError for a device that is not there, and
+    for triton where it does not run.
     """
 
     def __init__(self, device="auto", precision="auto", kernels_name="auto", torchrun=False):
@@ -44,11 +43,7 @@ class Runtime:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
-        example = RECIPES["original"]
-        normalize, generator = Normalize((0.5,) * 3, (0.25,) * 3, self.device), torch.Generator(self.device).manual_seed(0)
-        augmenter = Augmenter(example.augmentation, normalize, 3, generator, example.epochs)
-        model = build_vit(10, 0).to(self.device)
-        self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype, model, augmenter)
+        self.forward, reason = kernels.choose(kernels_name, self.device, self.dtype)
         self.triton = self.forward.__module__ == "kernels.gpu"
         if reason and kernels_name == "triton":
             raise UsageError(f"--kernels triton: {first_line(reason)}")
@@ -114,23 +109,16 @@ class Trainer:
     # run: steps made.
     POSITION = "running", "order", "done", "loss", "correct", "steps"
 
-    def __init__(self, model, dataset, recipe, runtime, normalize, seed):
-        self.model, self.dataset, self.recipe, self.runtime = model, dataset, recipe, runtime
+    def __init__(self, recipe, dataset, runtime, seed):
+        self.recipe, self.dataset, self.runtime = recipe, dataset, runtime
+        self.model = model = build_model(recipe, dataset.num_classes, seed, runtime.device)
+        self.normalize = Normalize(dataset.mean, dataset.std, runtime.device)
         runtime.ranks.agree(model.parameters())
         self.count = len(dataset.train_images)
         self.steps_per_epoch = -(-self.count // recipe.batch_size)
-        self.schedule = OneCycle(
-            recipe.max_lr,
-            recipe.epochs * self.steps_per_epoch,
-            recipe.pct_start,
-            recipe.div_factor,
-            recipe.final_div_factor,
-            recipe.base_momentum,
-            recipe.max_momentum,
-            recipe.anneal,
-        )
+        self.schedule = build_schedule(recipe, self.steps_per_epoch)
         self.generator = torch.Generator(runtime.device).manual_seed(seed)
-        self.augment = Augmenter(recipe.augmentation, normalize, self.count, self.generator, recipe.epochs)
+        self.augment = Augmenter(recipe.augmentation, self.normalize, self.count, self.generator, recipe.epochs)
         self.optimizer = build_optimizer(recipe, model, triton=runtime.triton)
         self.averaged, self.steps = copy.deepcopy(model) if recipe.averaged_share else model, 0
         self.graphs = StepGraphs(self.update, self.generator) if runtime.triton and runtime.device.type == "cuda" else None

@@ -20,15 +20,14 @@ import torch
 
 import data
 import plots
-from augment import Normalize
 from cli import Parser, Progress, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run, seed_int
 from engine import Runtime, Trainer, predict, score
 from files import write_csv
-from recipe import RECIPES, build_model
+from recipe import RECIPES
 
 SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten rates
-CPU_STEPS = 10  # batches a rate on a CPU: 500 rates in five to ten minutes on two cores
-# Of the four suggestions, the one whose short trainings were the best for both recipes; README, "Learning rate".
+CPU_STEPS = 10  # batches a rate on a CPU: 500 rates in some minutes
+# Of the four suggestions, the one whose short trainings of recipe original were the best; README, "Learning rate".
 RECOMMENDED = {"linear": "minimum / 10", "exp": "best accuracy"}
 
 
@@ -208,9 +207,7 @@ def main():
     dataset = data.load(arguments.data, arguments.data_dir, runtime.device)
     if recipe.batch_size > len(dataset.train_images):
         raise UsageError(f"{dataset.name} has {len(dataset.train_images)} training pictures, fewer than one batch of {recipe.batch_size}")
-    normalize = Normalize(dataset.mean, dataset.std, runtime.device)
-    model = build_model(recipe, dataset.num_classes, arguments.seed, runtime.device)
-    trainer = Trainer(model, dataset, recipe, runtime, normalize, arguments.seed)
+    trainer = Trainer(recipe, dataset, runtime, arguments.seed)
     sweep = rates(arguments.start_lr, arguments.end_lr, arguments.epochs, arguments.mode)
     steps = arguments.steps_per_epoch or (CPU_STEPS if runtime.device.type == "cpu" else trainer.steps_per_epoch)
 
@@ -225,7 +222,7 @@ def main():
         progress.update(len(history), f"lr {history[-1]['rate']:.3g}, loss {history[-1]['smoothed']:.3f}, {clock(left)} left")
 
     def validate():
-        return score(predict(runtime, model, normalize, dataset.test_images), dataset.test_labels)[1]
+        return score(predict(runtime, trainer.model, trainer.normalize, dataset.test_images), dataset.test_labels)[1]
 
     history, ended = range_test(trainer, sweep, steps, arguments.diverge, validate if arguments.val else None, after_rate)
     progress.clear()

@@ -1,4 +1,4 @@
-"""Recipes: everything that a training run chooses, in one place, and the model and optimizer that follow from it."""
+"""Recipes: everything that a training run chooses, in one place, and the model, schedule and optimizer that follow from it."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from augment import Augmentation
 from optimizers import AdamW, Muon, MuonAndAdamW
-from schedule import ANNEALS
+from schedule import ANNEALS, OneCycle
 from vit import ViT
 
 
@@ -168,6 +168,14 @@ def start_pooled(weight):
     pixels = torch.eye(side * side).view(-1, side, side)  # (SS, S, S), a map for each place
     pooled = F.adaptive_avg_pool2d(pixels, cells).flatten(1).T  # (SS, S, S) -> (SS, c, c) -> (C, SS)
     weight.copy_(pooled * (weight.norm() / pooled.norm()))
+
+
+def build_schedule(recipe, steps_per_epoch):
+    """The recipe's OneCycle over a whole run."""
+    return OneCycle(
+        recipe.max_lr, recipe.epochs * steps_per_epoch, recipe.pct_start, recipe.div_factor, recipe.final_div_factor,
+        recipe.base_momentum, recipe.max_momentum, recipe.anneal,
+    )  # fmt: skip
 
 
 def build_optimizer(recipe, model, triton=False):

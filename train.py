@@ -30,14 +30,14 @@ import checkpoint
 import data
 import plots
 import ranks
-from augment import Augmentation, Normalize
+from augment import Augmentation
 from cli import (
     Parser, Progress, RunError, Stop, Stopped, UsageError, add_data_arguments, add_device_arguments, first_line,
     output_folder, positive_float, positive_int, run, seed_int,
 )  # fmt: skip
 from engine import Runtime, Trainer, predict, score, versions
 from files import replacing, sweep, write_csv
-from recipe import RECIPES, Recipe, build_model, changed
+from recipe import RECIPES, Recipe, changed
 
 ROW = "{:>5} {:>10} {:>8} {:>10} {:>9} {:>9} {:>8} {:>7}"
 HEADER = ROW.format("epoch", "lr", "momentum", "train loss", "acc %", "test loss", "acc %", "seconds")
@@ -187,9 +187,7 @@ class Run:
         self.history, self.spent = [], 0.0  # and the seconds that the running epoch took before this process
         with understood(folder / "last.pt") if content else contextlib.nullcontext():
             self.seed, self.max_steps, self.save_every = config["seed"], config["max_steps"] or math.inf, config["save_every"] or math.inf
-            self.normalize = Normalize(dataset.mean, dataset.std, runtime.device)
-            model = build_model(recipe, dataset.num_classes, self.seed, runtime.device)
-            self.trainer = Trainer(model, dataset, recipe, runtime, self.normalize, self.seed)
+            self.trainer = Trainer(recipe, dataset, runtime, self.seed)
             self.total = min(self.trainer.schedule.total_steps, self.max_steps)
             if content:
                 self.trainer.averaged.load_state_dict(content["model"])
@@ -245,7 +243,7 @@ class Run:
 
         try:
             train_loss, train_accuracy = self.trainer.epoch(epoch, steps, after_step)
-            logits = predict(self.runtime, self.trainer.averaged, self.normalize, self.dataset.test_images)
+            logits = predict(self.runtime, self.trainer.averaged, self.trainer.normalize, self.dataset.test_images)
         except RunError as error:
             if stop.number and not self.writes:
                 raise Stopped(stop.number, "rank 0 says how to go on") from None

@@ -3,11 +3,11 @@
 from kernels import cpu, plain
 
 
-def choose(name, device, dtype, model, augmenter):
+def choose(name, device, dtype):
     """The forward function (model, images) -> logits for --kernels `name`: auto, triton or torch; and None or a reason.
 
-    `dtype` is the working dtype, torch.float32 or torch.bfloat16; `model` and `augmenter`, on `device`, a torch.device, are
-    what `kernels.gpu.check` tries the kernels on. The reason says why it is plain PyTorch where Triton was to be had.
+    `device` is a torch.device, `dtype` the working dtype, torch.float32 or torch.bfloat16. The reason says why it is plain
+    PyTorch where Triton was to be had.
     """
     if name == "auto" and device.type == "cpu":
         cpu.keep_freed_memory()
@@ -20,5 +20,5 @@ def choose(name, device, dtype, model, augmenter):
         return plain.forward, f"no Triton here ({error})"
     if device.type != "cuda" and not functions.INTERPRETED:
         return plain.forward, f"Triton does not compile for {device.type}; with TRITON_INTERPRET=1 its interpreter runs the kernels, slowly"
-    reason = gpu.check(model, augmenter, dtype)
+    reason = gpu.check(device, dtype)
     return (plain.forward if reason else gpu.forward), reason

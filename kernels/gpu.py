@@ -10,6 +10,7 @@ import copy
 import torch
 
 import optimizers
+from augment import Augmentation, Augmenter, Normalize
 from kernels import plain
 from kernels.adamw import AdamW
 from kernels.attention import FusedAttention
@@ -17,6 +18,12 @@ from kernels.augment import augment
 from kernels.mlp import FusedFeedForward
 from kernels.muon import Muon
 from kernels.stem import FusedStem
+from vit import ViT
+
+# Each thing that is done to a picture, to be checked.
+EVERYTHING = Augmentation(
+    crop_padding=4, crop_border="wrap", flip_p=0.5, warp_p=0.5, warp_shift=0.1, warp_scale=0.2, warp_degrees=15.0, cutout_p=0.5, cutout_size=8
+)
 
 
 def forward(model, images):
@@ -82,15 +89,18 @@ def feed_forward(module, x):
     return FusedFeedForward.apply(x, norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, norm.eps)
 
 
-def check(model, augmenter, dtype):
+def check(device, dtype):
     """Try every kernel on random numbers, forward and backward: None, or words that say what is wrong.
 
-    `model` is a network, `augmenter` an augment.Augmenter, both on the device. The reference is PyTorch, the network in
-    float64. An error of 1e-4 (fp32) or 3e-2 (bf16) of a result's norm tells a wrong kernel, or a TF32 product, from rounding.
+    The reference is PyTorch, the network in float64. An error of 1e-4 (fp32) or 3e-2 (bf16) of a result's norm tells a wrong
+    kernel, or a TF32 product, from rounding.
     """
-    sizes, block, bound = model.sizes, model.blocks[0], {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
-    device = model.cls_token.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ViT().to(device)
     random = torch.Generator(device).manual_seed(0)
+    augmenter = Augmenter(EVERYTHING, Normalize((0.5,) * 3, (0.25,) * 3, device), 3, random, epochs=1)
+    sizes, block, bound = model.sizes, model.blocks[0], {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     images = torch.randn(3, sizes["in_channels"], sizes["image_size"], sizes["image_size"], generator=random, device=device).to(dtype)
     tokens = torch.randn(3, sizes["channels"] + 1, sizes["dim"], generator=random, device=device).to(dtype).requires_grad_()
     checks = {

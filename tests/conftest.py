@@ -27,10 +27,10 @@ import cifar
 import data
 import files
 import plots
-from augment import Augmentation, Normalize
+from augment import Augmentation
 from cli import run
 from engine import Runtime, Trainer
-from recipe import RECIPES, build_model
+from recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
 # A folder of real CIFAR-10 pictures, train/<class>/* and test/<class>/*; tests that need one skip where there is none.
@@ -85,10 +85,8 @@ def small_recipe(**changes):
 
 
 def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
-    """A fresh Trainer on `device`, where the dataset's tensors are, and its Normalize."""
-    normalize = Normalize(dataset.mean, dataset.std, device)
-    model = build_model(recipe, dataset.num_classes, seed, device)
-    return Trainer(model, dataset, recipe, Runtime(device, **runtime), normalize, seed), normalize
+    """A fresh Trainer on `device`, where the dataset's tensors are."""
+    return Trainer(recipe, dataset, Runtime(device, **runtime), seed)
 
 
 def run_folder(out):

@@ -314,11 +314,11 @@ def learned():
     dataset = data.load_shapes(train=2000, test=200)
     small_start = {"l1": 0.0, "weight_decay": 0.05, "embedding_std": 0.02}
     recipe = dataclasses.replace(RECIPES["original"], epochs=8, batch_size=100, max_lr=0.004, augmentation=Augmentation(), **small_start)
-    trainer, normalize = make_trainer(dataset, recipe)
+    trainer = make_trainer(dataset, recipe)
     for epoch in range(recipe.epochs):
         _, accuracy = trainer.epoch(epoch, trainer.steps_per_epoch)
     assert accuracy > 40
-    return trainer, normalize, dataset
+    return trainer, dataset
 
 
 def likeness(a, b):
@@ -329,8 +329,8 @@ def likeness(a, b):
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_of_fresh_weights_do_not_resemble_those_of_trained_ones(learned, method):
     """The sanity check of Adebayo et al. 2018, arXiv:1810.03292; weights hardly changed show that the measure can tell."""
-    trainer, normalize, dataset = learned
-    images, labels = normalize(dataset.test_images), dataset.test_labels
+    trainer, dataset = learned
+    images, labels = trainer.normalize(dataset.test_images), dataset.test_labels
     near, fresh = make_model(), make_model(seed=5)
     near.load_state_dict({name: weight * 1.001 for name, weight in trainer.model.state_dict().items()})
     maps, of_near, of_fresh = (GradCAM(model, method=method)(images, labels) for model in (trainer.model, near, fresh))
@@ -339,8 +339,8 @@ def test_maps_of_fresh_weights_do_not_resemble_those_of_trained_ones(learned, me
 
 def test_maps_beat_chance(learned, monkeypatch):
     monkeypatch.setattr(gradcam, "METRICS_BATCH", 20)
-    trainer, normalize, dataset = learned
-    images, masks = normalize(dataset.test_images[:50]), dataset.test_masks[:50]
+    trainer, dataset = learned
+    images, masks = trainer.normalize(dataset.test_images[:50]), dataset.test_masks[:50]
     found = gradcam.measure(trainer.model, trainer.runtime, LAYER, images, masks, torch.Generator().manual_seed(0))
     assert list(found) == ["random pixels", "random grid", "centre", "edges", *METHODS]
     mean = {name: {key: value.mean().item() for key, value in values.items()} for name, values in found.items()}

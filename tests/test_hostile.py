@@ -36,7 +36,7 @@ CORRUPTIONS = 200
 def good(tmp_path_factory):
     """A checkpoint as train.py writes it, with weights that training has moved."""
     dataset = data.load_shapes(300, 100)
-    trainer, _ = make_trainer(dataset, small_recipe())
+    trainer = make_trainer(dataset, small_recipe())
     trainer.epoch(0, 3)
     path = tmp_path_factory.mktemp("good") / "best.pt"
     config = {"data": "shapes", "recipe": "original", "settings": dataclasses.asdict(trainer.recipe), "seed": 1}

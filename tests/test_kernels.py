@@ -190,7 +190,7 @@ PLANS = {name: recipe.augmentation for name, recipe in RECIPES.items()} | {
 }
 
 
-def augmenter(plan="original"):
+def augmenter(plan):
     """An Augmenter of 20 pictures."""
     normalize, generator = Normalize((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), DEVICE), torch.Generator(DEVICE).manual_seed(0)
     return Augmenter(PLANS[plan], normalize, 20, generator, epochs=1)
@@ -263,7 +263,7 @@ def test_ten_steps_of_training(small_there):
     recipe, losses = dataclasses.replace(small_recipe(), batch_size=2, augmentation=plan), {}
     order = torch.arange(20, device=DEVICE).view(10, 2)
     for name in ("triton", "torch"):
-        trainer, _ = make_trainer(small_there, recipe, device=DEVICE, precision="fp32", kernels_name=name)
+        trainer = make_trainer(small_there, recipe, device=DEVICE, precision="fp32", kernels_name=name)
         losses[name] = [trainer.step(indices, 0, 1e-3, 0.9)[0].item() for indices in order]
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-4)
     assert losses["triton"][0] != losses["triton"][9]
@@ -391,7 +391,7 @@ def test_a_graph_trains_as_no_graph_does(small_there, recipe, capsys):
     trained = []
     for graphs in (True, False):
         plan = dataclasses.replace(RECIPES[recipe], epochs=4, batch_size=128)
-        trainer, _ = make_trainer(small_there, plan, device=DEVICE, precision="bf16", kernels_name="triton")
+        trainer = make_trainer(small_there, plan, device=DEVICE, precision="bf16", kernels_name="triton")
         if not graphs:
             trainer.graphs = None
         losses = [trainer.epoch(epoch, trainer.steps_per_epoch) for epoch in range(4)]
@@ -452,7 +452,7 @@ def test_a_wrong_kernel_is_found_out_and_not_used(monkeypatch, capsys):
     right = gpu.attention
     monkeypatch.setattr(gpu, "attention", lambda module, x: right(module, x) * 1.001)
     runtime = Runtime(DEVICE, "fp32", "torch")
-    forward, reason = kernels.choose("triton", runtime.device, torch.float32, random_module(ViT()), augmenter())
+    forward, reason = kernels.choose("triton", runtime.device, torch.float32)
     assert forward is plain.forward and "attention kernel is off by 1.0e-03" in reason
     if DEVICE == "cuda":
         assert Runtime(DEVICE, "fp32", "auto").forward is plain.forward
@@ -471,7 +471,7 @@ def test_a_kernel_that_fails_is_told_in_a_line(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_self_check_passes(dtype):
-    assert gpu.check(random_module(ViT()), augmenter(), dtype) is None
+    assert gpu.check(torch.device(DEVICE), dtype) is None
 
 
 @pytest.mark.parametrize("name", ["stem", "feed_forward", "augment", "AdamW", "Muon"])
@@ -487,4 +487,4 @@ def test_the_self_check_sees_every_kernel(name, monkeypatch):
         return optimizer
 
     monkeypatch.setattr(gpu, name, wrong)
-    assert "kernel is off by" in gpu.check(random_module(ViT()), augmenter(), torch.float32)
+    assert "kernel is off by" in gpu.check(torch.device(DEVICE), torch.float32)

@@ -60,7 +60,7 @@ def frozen(trainer):
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_what_it_was_given_is_left_bit_for_bit(small, steps_before):
     recipe = dataclasses.replace(small_recipe(averaged_share=0.5), augmentation=RECIPES["original"].augmentation)
-    trainer, _ = make_trainer(small, recipe)
+    trainer = make_trainer(small, recipe)
     for i in range(steps_before):
         trainer.step(torch.arange(50) + i, 0, 0.003, 0.9)
     before = frozen(trainer)
@@ -75,7 +75,7 @@ def test_what_it_was_given_is_left_bit_for_bit(small, steps_before):
 
 def test_it_is_one_model_trained_on_with_the_rates_given(small):
     sweep = [1e-3, 2e-3, 3e-3]
-    trainer, _ = make_trainer(small, small_recipe())
+    trainer = make_trainer(small, small_recipe())
     history, _ = range_test(trainer, sweep, steps=3)
     losses = []
     for rate in sweep:  # 300 pictures in batches of 128: three steps are one pass
@@ -86,14 +86,14 @@ def test_it_is_one_model_trained_on_with_the_rates_given(small):
 
 
 def test_divergence_ends_it_and_keeps_what_there_was(small):
-    trainer, _ = make_trainer(small, small_recipe())
+    trainer = make_trainer(small, small_recipe())
     history, ended = range_test(trainer, [1e-3] * 5 + [30.0] * 40, steps=2, diverge=1.5)
     assert 5 < len(history) < 45 and "over 1.5 times its best" in ended
     assert history[-1]["smoothed"] > 1.5 * min(row["smoothed"] for row in history)
 
 
 def test_a_loss_that_is_not_finite_ends_it(small, monkeypatch):
-    trainer, _ = make_trainer(small, small_recipe())
+    trainer = make_trainer(small, small_recipe())
     step = trainer.step
 
     def poisoned(indices, epoch, lr, momentum):
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_ends_it(small, monkeypatch):
 
 
 def test_ctrl_c_keeps_what_there_was(small):
-    trainer, _ = make_trainer(small, small_recipe())
+    trainer = make_trainer(small, small_recipe())
 
     def interrupt(history):
         if len(history) == 3:

@@ -122,7 +122,7 @@ def muon_recipe(**changes):
 
 def test_muon_has_the_trunk_and_stem_and_adamw_the_rest(small):
     """Decay is Muon's alone, and q, k and v are matrices of their own."""
-    trainer, _ = make_trainer(small, muon_recipe(weight_decay=0.1))
+    trainer = make_trainer(small, muon_recipe(weight_decay=0.1))
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     assert isinstance(trainer.optimizer, MuonAndAdamW)
     (group,) = trainer.optimizer.muon.param_groups
@@ -136,7 +136,7 @@ def test_muon_has_the_trunk_and_stem_and_adamw_the_rest(small):
 
 
 def test_every_group_follows_the_schedule(small):
-    trainer, _ = make_trainer(small, muon_recipe())
+    trainer = make_trainer(small, muon_recipe())
     for step in range(trainer.schedule.total_steps):
         lr, momentum = trainer.schedule(step)
         trainer.step(torch.arange(10), 0, lr, momentum)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def fifty_steps(torchrun):
     dataset = data.load_shapes(train=4 * 64 + 7, test=1200)
     recipe = dataclasses.replace(RECIPES["original"], batch_size=64, max_lr=0.003)
     runtime = Runtime("cpu", "fp32", torchrun=torchrun)
-    normalize = augment.Normalize(dataset.mean, dataset.std, "cpu")
-    trainer, losses = Trainer(build_model(recipe, dataset.num_classes, 1 + runtime.ranks.rank, "cpu"), dataset, recipe, runtime, normalize, 1), []
+    with mock.patch("engine.build_model", lambda recipe, num_classes, seed, device: build_model(recipe, num_classes, seed + runtime.ranks.rank, device)):
+        trainer, losses = Trainer(recipe, dataset, runtime, 1), []
     step = trainer.step
 
     def noted(indices, *arguments):
@@ -51,7 +52,7 @@ def fifty_steps(torchrun):
     trainer.step = noted
     for epoch in range(STEPS // trainer.steps_per_epoch):
         trainer.epoch(epoch, trainer.steps_per_epoch)
-    logits = predict(runtime, trainer.model, normalize, dataset.test_images)
+    logits = predict(runtime, trainer.model, trainer.normalize, dataset.test_images)
     return {"losses": losses, "logits": logits, "weights": trainer.model.state_dict(), "generator": trainer.generator.get_state()}
 
 
@@ -103,12 +104,12 @@ def test_uneven_parts_add_up_to_the_whole_batch(small, count, world):
     indices, alone = torch.arange(count), Together(0, 1)
     flats = []
     for rank in range(world):
-        trainer, _ = make_trainer(small, recipe, precision="fp32")
+        trainer = make_trainer(small, recipe, precision="fp32")
         trainer.runtime.ranks = Together(rank, world)
         trainer.step(indices, 0, 0.0, 0.9)
         flats += trainer.runtime.ranks.noted
     assert len(flats) == world  # one all-reduce a step
-    trainer, _ = make_trainer(small, recipe, precision="fp32")
+    trainer = make_trainer(small, recipe, precision="fp32")
     loss, correct = trainer.update(indices, 0)
     whole = torch.cat([*(p.grad.flatten() for p in trainer.model.parameters()), loss.view(1), correct.view(1)])
     assert len(whole) == 74_346 + 2 and alone.world == 1
@@ -117,12 +118,12 @@ def test_uneven_parts_add_up_to_the_whole_batch(small, count, world):
 
 def test_ranks_evaluate_disjoint_parts_of_exactly_the_test_set(small, monkeypatch):
     monkeypatch.setattr("engine.EVALUATION_BATCH", 30)
-    trainer, normalize = make_trainer(small, RECIPES["default"])
-    alone = predict(trainer.runtime, trainer.model, normalize, small.test_images)
+    trainer = make_trainer(small, RECIPES["default"])
+    alone = predict(trainer.runtime, trainer.model, trainer.normalize, small.test_images)
     parts = []
     for rank in range(3):
         trainer.runtime.ranks = Together(rank, 3)
-        parts.append(predict(trainer.runtime, trainer.model, normalize, small.test_images))
+        parts.append(predict(trainer.runtime, trainer.model, trainer.normalize, small.test_images))
     assert torch.equal(sum(parts), alone)
     assert all(sum(int(part[i].any()) for part in parts) == 1 for i in range(len(alone)))
 

@@ -55,7 +55,7 @@ def test_a_state_goes_on_to_the_same_bits(small, recipe, device, stop):
     small = dataclasses.replace(small, **{name: value.to(device) for name, value in vars(small).items() if torch.is_tensor(value)})
     averaged = dataclasses.replace(RECIPES["default"], averaged_share=0.3)
     plan = dataclasses.replace(averaged if recipe == "averaged" else RECIPES[recipe], epochs=3, batch_size=128)
-    unbroken, _ = make_trainer(small, plan, device=device)
+    unbroken = make_trainer(small, plan, device=device)
     taken = []
 
     def take(done):
@@ -65,7 +65,7 @@ def test_a_state_goes_on_to_the_same_bits(small, recipe, device, stop):
     told = [unbroken.epoch(0, 3)]
     take(0)
     told += [unbroken.epoch(1, 3, take), unbroken.epoch(2, 3)]
-    resumed, _ = make_trainer(small, plan, seed=2, device=device)
+    resumed = make_trainer(small, plan, seed=2, device=device)
     ((weights, state),) = taken
     resumed.averaged.load_state_dict(weights)
     resumed.load_state_dict(state)
@@ -282,7 +282,7 @@ def test_a_run_of_other_code_goes_on_with_a_warning(finished, monkeypatch, invok
     ],
 )
 def test_what_is_not_finite_stops_the_run_in_its_step(small, poison, told):
-    trainer, _ = make_trainer(small, small_recipe())
+    trainer = make_trainer(small, small_recipe())
     trainer.epoch(0, 3)
     made = []
 
@@ -301,7 +301,7 @@ def test_what_is_not_finite_stops_the_run_in_its_step(small, poison, told):
 
 def test_away_from_the_cpu_it_is_found_within_the_epoch(small, monkeypatch):
     """As on CUDA, where no step is looked at: the look at the epoch's end tells the first step all the same."""
-    trainer, _ = make_trainer(small, small_recipe())
+    trainer = make_trainer(small, small_recipe())
     looked = []
     monkeypatch.setattr(trainer, "check_finite", lambda check=trainer.check_finite: looked.append(trainer.done) or (check() if len(looked) == 4 else None))
     with pytest.raises(RunError, match=r"^step 2, in epoch 1 .* the gradient of head.bias is not finite"):
@@ -312,7 +312,7 @@ def test_away_from_the_cpu_it_is_found_within_the_epoch(small, monkeypatch):
 def test_a_gradient_whose_square_overflows_is_not_finite(small):
     """AdamW would divide by it for ever after, and the parameter stand still without a word."""
     for size, good in ((1e18, 1), (1e20, 0)):
-        trainer, _ = make_trainer(small, small_recipe())
+        trainer = make_trainer(small, small_recipe())
         trainer.model.head.bias.register_hook(lambda gradient: gradient.sign() * size)
         trainer.step(torch.arange(8), 0, 0.0, 0.9)
         assert trainer.good.tolist() == [1] * (len(trainer.good) - 1) + [good]

@@ -2,30 +2,17 @@
 
 import pytest
 import torch
+from conftest import ROOT
 
-from recipe import RECIPES
+from files import read_csv
+from recipe import RECIPES, build_schedule
 from schedule import OneCycle
-
-# The learning rate at the start of each of the 24 epochs, as the original run logged it.
-ORIGINAL = [
-    0.003, 0.008411042944785275, 0.01382208588957055, 0.019233128834355826, 0.024644171779141102, 0.02998404940923738,
-    0.028420891514500536, 0.026857733619763693, 0.02529457572502685, 0.02373141783030011, 0.022168259935553165,
-    0.020605102040816326, 0.019041944146079483, 0.017478786251342644, 0.0159156283566058, 0.014352470461868959,
-    0.01278931256713212, 0.011226154672395273, 0.00966299677765843, 0.008099838882921592, 0.006536680988184749,
-    0.004973523093447906, 0.0034103651987110635, 0.0018472073039742243,
-]  # fmt: skip
-
-
-def schedule_of(recipe, steps_per_epoch):
-    return OneCycle(
-        recipe.max_lr, recipe.epochs * steps_per_epoch, recipe.pct_start, recipe.div_factor, recipe.final_div_factor,
-        recipe.base_momentum, recipe.max_momentum, recipe.anneal,
-    )  # fmt: skip
 
 
 def test_original_recipe_has_the_logged_rates():
-    schedule = schedule_of(RECIPES["original"], 98)
-    assert [schedule(98 * epoch)[0] for epoch in range(24)] == pytest.approx(ORIGINAL, rel=0, abs=1e-12)
+    logged = [float(row["lr_at_epoch_start"]) for row in read_csv(ROOT / "results" / "original_log.csv")]
+    schedule = build_schedule(RECIPES["original"], 98)
+    assert len(logged) == 24 and [schedule(98 * epoch)[0] for epoch in range(24)] == pytest.approx(logged, rel=0, abs=1e-12)
 
 
 @pytest.mark.parametrize("anneal", ["linear", "cos"])

@@ -71,7 +71,7 @@ def test_from_the_command_line_to_an_evaluated_checkpoint(tmp_path, source):
 def test_training_is_the_plain_loop(small):
     """Two epochs against torch's own scheduler, autograd's L1 term and the module called as it stands."""
     recipe = small_recipe(max_lr=0.003)
-    trainer, normalize = make_trainer(small, recipe, precision="fp32", kernels_name="torch")
+    trainer = make_trainer(small, recipe, precision="fp32", kernels_name="torch")
     plain = build_model(recipe, small.num_classes, 1, "cpu")
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -82,7 +82,7 @@ def test_training_is_the_plain_loop(small):
         order = torch.randperm(300, generator=generator)
         losses = []
         for indices in (order[:128], order[128:256], order[256:]):
-            cross_entropy = F.cross_entropy(plain(normalize(small.train_images[indices])), small.train_labels[indices])
+            cross_entropy = F.cross_entropy(plain(trainer.normalize(small.train_images[indices])), small.train_labels[indices])
             optimizer.zero_grad()
             (cross_entropy + 2.5e-5 * sum(p.abs().sum() for p in plain.parameters())).backward()
             optimizer.step()
@@ -98,7 +98,7 @@ def test_cpu_spelling_trains_as_the_plain_one(small):
     recipe = small_recipe(max_lr=0.003)
     losses = []
     for kernels_name in ("auto", "torch"):
-        trainer, _ = make_trainer(small, recipe, precision="fp32", kernels_name=kernels_name)
+        trainer = make_trainer(small, recipe, precision="fp32", kernels_name=kernels_name)
         losses.append([trainer.epoch(epoch, 3)[0] for epoch in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -106,7 +106,7 @@ def test_cpu_spelling_trains_as_the_plain_one(small):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_seed_same_bits_and_another_seed_others(small, precision):
     def run_once(seed):
-        trainer, _ = make_trainer(small, dataclasses.replace(RECIPES["original"], epochs=1, batch_size=128), seed, precision=precision)
+        trainer = make_trainer(small, dataclasses.replace(RECIPES["original"], epochs=1, batch_size=128), seed, precision=precision)
         told = trainer.epoch(0, 3)
         return told, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
@@ -122,7 +122,7 @@ def test_building_a_model_leaves_the_global_random_state(small):
 
 def test_default_recipe_learns(small):
     recipe = dataclasses.replace(RECIPES["default"], epochs=40, batch_size=100, augmentation=Augmentation())
-    trainer, _ = make_trainer(small, recipe)
+    trainer = make_trainer(small, recipe)
     first = trainer.epoch(0, 3)[0]
     for epoch in range(1, 40):
         last, accuracy = trainer.epoch(epoch, 3)
@@ -132,8 +132,8 @@ def test_default_recipe_learns(small):
 def test_averaged_weights_are_a_running_mean_over_a_share_of_the_steps_so_far(small):
     """What is trained is not touched by it."""
     recipe = small_recipe(averaged_share=0.4)
-    trainer, _ = make_trainer(small, recipe, precision="fp32")
-    plain, _ = make_trainer(small, dataclasses.replace(recipe, averaged_share=0.0), precision="fp32")
+    trainer = make_trainer(small, recipe, precision="fp32")
+    plain = make_trainer(small, dataclasses.replace(recipe, averaged_share=0.0), precision="fp32")
     assert plain.averaged is plain.model
     mean = [torch.zeros_like(p) for p in plain.model.parameters()]
     for step, indices in enumerate(torch.arange(300).split(50), 1):
@@ -146,8 +146,8 @@ def test_averaged_weights_are_a_running_mean_over_a_share_of_the_steps_so_far(sm
 
 
 def test_labels_are_smoothed(small):
-    trainer, normalize = make_trainer(small, small_recipe(label_smoothing=0.3), precision="fp32", kernels_name="torch")
-    images, labels = normalize(small.train_images[:50]), small.train_labels[:50]
+    trainer = make_trainer(small, small_recipe(label_smoothing=0.3), precision="fp32", kernels_name="torch")
+    images, labels = trainer.normalize(small.train_images[:50]), small.train_labels[:50]
     logits = trainer.model(images).detach()
     expected = F.cross_entropy(logits, 0.7 * F.one_hot(labels, 10) + 0.03)
     assert trainer.step(torch.arange(50), 0, 0.003, 0.9)[0].item() == pytest.approx(50 * expected.item(), rel=1e-4)
@@ -155,7 +155,7 @@ def test_labels_are_smoothed(small):
 
 def test_crops_are_calm_in_the_last_epochs_of_a_run(small):
     plan = dataclasses.replace(small_recipe(), epochs=5, augmentation=Augmentation(crop_padding=4, calm_share=0.4))
-    trainer, _ = make_trainer(small, plan)
+    trainer = make_trainer(small, plan)
     reach = [trainer.augment.draw(torch.arange(300), epoch, 32).offsets.max() for epoch in range(5)]
     assert reach == [4, 4, 4, 2, 2]
 
