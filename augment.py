@@ -101,14 +101,14 @@ def warp(images, shifts, scales, angles):
     return torch.lerp(upper, lower, below)
 
 
-def cutout(images, corners, size, chosen, fill=0.0):
-    """Fill a square of `size` pixels whose top left pixel is `corners` (B, 2; rows, columns) in the chosen (B,; bool)."""
+def cutout(images, corners, size, chosen):
+    """Set to 0 a square of `size` pixels whose top left pixel is `corners` (B, 2; rows, columns) in the chosen (B,; bool)."""
     B, _, S, _ = images.shape
     index = torch.arange(S, device=images.device)
     inside = (index >= corners.view(B, 2, 1)) & (index < corners.view(B, 2, 1) + size)  # (B, 2, S)
     rows, columns = inside[:, 0] & chosen.view(B, 1), inside[:, 1]
     square = rows.view(B, 1, S, 1) & columns.view(B, 1, 1, S)
-    return torch.where(square, fill, images)
+    return torch.where(square, 0.0, images)
 
 
 class Normalize:

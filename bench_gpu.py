@@ -100,11 +100,11 @@ def relative_error(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def half_block_ways(device, dtype):
+def half_block_ways(device):
     """Name -> (function of x, module whose parameters it trains), and the float32 module that they all spell."""
     torch.manual_seed(0)
     module = Attention(64, 4, 16).to(device)
-    working = copy.deepcopy(module).to(dtype)
+    working = copy.deepcopy(module).bfloat16()
     ways = {"eager": (working, working), "scaled_dot_product_attention": (SdpaAttention(working), working)}
     if device.type == "cuda":
         from kernels import gpu  # Triton is not on every platform
@@ -114,10 +114,10 @@ def half_block_ways(device, dtype):
     return ways, module
 
 
-def time_half_block(function, owner, module, device, dtype, limits):
+def time_half_block(function, owner, module, device, limits):
     """Rows of one way of the attention half-block: forward, and forward with backward."""
-    x = torch.randn(BATCH, 33, 64, device=device).to(dtype).requires_grad_()
-    upstream = torch.randn(BATCH, 33, 64, device=device).to(dtype)
+    x = torch.randn(BATCH, 33, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(BATCH, 33, 64, device=device, dtype=torch.bfloat16)
     exact_x = x.detach().double().requires_grad_()
     exact = copy.deepcopy(module).double()(exact_x)
     result = function(x)
@@ -169,8 +169,9 @@ def time_step(make, device, limits):
         error = relative_error(trainer.runtime.logits(trainer.model, images), copy.deepcopy(trainer.model).double()(images.double()))
     with FlopCounterMode(display=False) as counter:
         trainer.model(images[:1])
-    # The fewest bytes: every picture read once; a parameter, its two moments and its gradient read, the first three written.
-    fewest = BATCH * 3 * 32 * 32 + 7 * 4 * sum(p.numel() for p in trainer.model.parameters())
+    # The fewest bytes: every picture read once; a parameter, its gradient and Muon's one moment read, all but the gradient
+    # written. AdamW's few parameters have a moment more.
+    fewest = BATCH * 3 * 32 * 32 + 5 * 4 * sum(p.numel() for p in trainer.model.parameters())
     indices = torch.arange(BATCH, device=device)
     for _ in range(10):
         trainer.step(indices, 0, 1e-3, 0.9)
@@ -213,8 +214,8 @@ def timed(what, times, error, fewest_bytes, operations, limits):
 def measure(dataset, device):
     """All rows, with device, driver, versions and date; without a GPU those of PyTorch's half-blocks. `dataset` is on `device`."""
     limits, machine = ceilings(device), describe(device)
-    ways, module = half_block_ways(device, torch.bfloat16)
-    parts = [(name, lambda way=way: time_half_block(*way, module, device, torch.bfloat16, limits)) for name, way in ways.items()]
+    ways, module = half_block_ways(device)
+    parts = [(name, lambda way=way: time_half_block(*way, module, device, limits)) for name, way in ways.items()]
     if device.type == "cuda":
         machine |= {"copy_gb_per_s": f"{limits[0] / 1e9:.0f}", "matrix_tflops": f"{limits[1] / 1e12:.0f}"}
         ways = step_ways(dataset, device)

@@ -54,8 +54,9 @@ def load(path, device):
         raise UsageError(f"{path} does not exist; `python train.py` writes best.pt") from None
     except Exception:  # a foreign file may fail in any way that pickle, zip or torch know, with advice of theirs
         raise UsageError(f"{path} is not a checkpoint, or a damaged one") from None
-    if not isinstance(content, dict) or not FIELDS <= content.keys():
-        raise UsageError(f"{path} is not a checkpoint of this project: it lacks {lacking(content)}")
+    missing = FIELDS - (content.keys() if isinstance(content, dict) else set())
+    if missing:
+        raise UsageError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(missing))}")
     try:
         model = restore(content)
     except Exception as error:  # any value may stand in any place
@@ -97,7 +98,3 @@ def sha256(value):
 
     add(value)
     return digest.hexdigest()
-
-
-def lacking(content):
-    return ", ".join(sorted(FIELDS - (content.keys() if isinstance(content, dict) else set())))

@@ -59,13 +59,6 @@ GRADIENT_METHODS = {"gradcam": gradcam, "hirescam": hirescam, "gradcam++": gradc
 METHODS = (*GRADIENT_METHODS, "attention")
 
 
-def attention(qkv, heads, dim_head):
-    """The softmax of vit.SoftmaxAttention, averaged over heads: (B, T, 3HD) -> (B, T, T)."""
-    B, T, _ = qkv.shape
-    q, k, _ = qkv.view(B, T, 3, heads, dim_head).permute(2, 0, 3, 1, 4).unbind(0)  # (B, T, 3HD) -> 3 x (B, H, T, D)
-    return (q @ k.transpose(2, 3) * dim_head**-0.5).softmax(dim=-1).mean(1)  # (B, H, T, T) -> (B, T, T)
-
-
 def rollout(attentions):
     """How much of each token reaches the CLS token: a list of (B, T, T), first block first, -> (B, T - 1).
 
@@ -130,7 +123,7 @@ class GradCAM:
         return self.activations
 
     def keep_attention(self, module, inputs, output):
-        self.attentions.append(attention(inputs[0].detach(), module.heads, module.dim_head))
+        self.attentions.append(module.weigh(inputs[0].detach())[0].mean(1))  # over heads: (B, T, T)
 
     def __call__(self, images, targets=None):
         """Maps (B, S, S) in [0, 1] of float pictures (B, 3, S, S), for classes `targets` (B,) or those predicted.
@@ -266,9 +259,9 @@ def parse():
 
 def main():
     arguments = parse()
-    runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
-    model, content = checkpoint.load(arguments.ckpt, runtime.device)
-    shapes = layer_shapes(model, torch.zeros(1, 3, SIDE, SIDE, device=runtime.device))
+    plain = Runtime(arguments.device, "fp32", "torch")  # what GradCAM runs, so that maps and predictions are of one network
+    model, content = checkpoint.load(arguments.ckpt, plain.device)
+    shapes = layer_shapes(model, torch.zeros(1, 3, SIDE, SIDE, device=plain.device))
     if arguments.list_layers:
         for name, shape in shapes.items():
             print(f"{name:<36} {str(shape):<14}", "has a grid, can be used" if has_grid(shape) else "no grid")
@@ -280,11 +273,11 @@ def main():
         raise UsageError(str(error)) from None
     if arguments.class_name and arguments.class_name not in content["class_names"]:
         raise UsageError(f"--class {arguments.class_name}: the checkpoint's classes are {', '.join(content['class_names'])}")
-    normalize = Normalize(content["mean"], content["std"], runtime.device)
+    normalize = Normalize(content["mean"], content["std"], plain.device)
     if arguments.metrics:
-        report(arguments, content, model, runtime, normalize)
+        report(arguments, content, model, Runtime(arguments.device, arguments.precision, arguments.kernels), normalize)
     else:
-        show(arguments, content, cam, runtime.device, normalize)
+        show(arguments, content, cam, plain, normalize)
 
 
 def report(arguments, content, model, runtime, normalize):
@@ -305,19 +298,18 @@ def report(arguments, content, model, runtime, normalize):
     print(f"\n{faithfulness.table(rows)}\n\nmean ± standard error\nsaved {folder / 'gradcam_metrics.csv'}")
 
 
-def show(arguments, content, cam, device, normalize):
+def show(arguments, content, cam, runtime, normalize):
     """Explain pictures, from files or of the test set: gradcam.png, and a line for each."""
     names, K = content["class_names"], len(content["class_names"])
-    plain = Runtime(device.type, "fp32", "torch")  # what GradCAM runs, so that maps and predictions are of one network
     if arguments.image:
-        images = torch.stack([torch.from_numpy(decode_one(path, convert=False).copy()) for path in arguments.image]).to(device)
+        images = torch.stack([torch.from_numpy(decode_one(path, convert=False).copy()) for path in arguments.image]).to(runtime.device)
         folder = output_folder(arguments.out or arguments.ckpt.parent)
-        logits = predict(plain, cam.model, normalize, images)
+        logits = predict(runtime, cam.model, normalize, images)
         classes = logits.topk(min(3, K)).indices  # (n, 3)
         titles, roles, title = [path.name for path in arguments.image], ["likeliest", "second", "third"], "pictures"
     else:
-        dataset = data.load_for(content, arguments.data, arguments.data_dir, device)
-        logits = predict(plain, cam.model, normalize, dataset.test_images)
+        dataset = data.load_for(content, arguments.data, arguments.data_dir, runtime.device)
+        logits = predict(runtime, cam.model, normalize, dataset.test_images)
         places = choose(arguments, names, dataset, logits)
         folder = output_folder(arguments.out or arguments.ckpt.parent)
         images, labels, logits = dataset.test_images[places], dataset.test_labels[places], logits[places]

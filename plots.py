@@ -110,8 +110,9 @@ def confusion(matrix, class_names, title):
     return made
 
 
-def misclassified(images, captions, title, columns=5):
+def misclassified(images, captions, title):
     """A grid of uint8 pictures (n, 3, S, S), each under its caption."""
+    columns = 5
     rows = -(-len(captions) // columns)
     made = figure(2.1 * columns, 0.5 + 2.35 * rows)
     made.suptitle(literal(title))

@@ -93,7 +93,6 @@ def main():
         "settings": dataclasses.asdict(recipe),
         "data": dataset.source,
         "data_dir": arguments.data_dir,
-        "dataset": dataset.name,
         "val_split": arguments.val_split,
         "set": arguments.set,
         "device": runtime.describe(),
@@ -113,7 +112,7 @@ def main():
         content = checkpoint.load(folder / "last.pt", "cpu")[1] if begun else None
         histories.append(Run(recipe, dataset, runtime, {**config, "seed": seed}, folder, content).train())
     if arguments.runs > 1:
-        print(summary(histories, dataset.name))
+        print(summary(histories, pictures_of(config), dataset.name))
 
 
 def run_folder(runs, name, seed):
@@ -217,7 +216,7 @@ class Run:
                 self.history.append(self.epoch(epoch, steps, stop))
                 self.tell()
                 self.keep(finished=done + steps == self.total)
-        kind = "held-out" if self.config["val_split"] else "test"
+        kind = pictures_of(self.config)
         last, top = self.history[-1], max(self.history, key=lambda row: row["test_accuracy"])
         print(f"last epoch: {last['test_accuracy']:.2f} % on the {kind} pictures of {self.dataset.name} (epoch {last['epoch']})")
         print(f"best epoch: {top['test_accuracy']:.2f} % (epoch {top['epoch']}; picked by its accuracy, so a little flattered)", flush=True)
@@ -293,9 +292,14 @@ class Run:
         checkpoint.save(self.folder / "last.pt", self.trainer.averaged, self.dataset, self.config, len(self.history), accuracy, progress)
 
 
-def summary(histories, dataset_name):
+def pictures_of(config):
+    """Which pictures a run is evaluated on, in a word."""
+    return "held-out" if config["val_split"] else "test"
+
+
+def summary(histories, kind, dataset_name):
     """Mean, standard deviation and each value of several runs, last and best epoch, as text."""
-    lines = [f"\n{len(histories)} runs on {dataset_name}, test accuracy in %"]
+    lines = [f"\n{len(histories)} runs on {dataset_name}, accuracy on the {kind} pictures in %"]
     last = [history[-1]["test_accuracy"] for history in histories]
     best = [max(row["test_accuracy"] for row in history) for history in histories]
     for name, values in (("last epoch", last), ("best epoch", best)):

@@ -47,13 +47,18 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.heads, self.dim_head = heads, dim_head
 
-    def forward(self, qkv):
+    def weigh(self, qkv):
+        """How much each token looks at each other, (B, H, T, T), rows of sum 1; and v, (B, H, T, D)."""
         B, T, _ = qkv.shape
         H, D = self.heads, self.dim_head
         q, k, v = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)  # (B, T, 3HD) -> 3 x (B, H, T, D)
         scores = (q * D**-0.5) @ k.transpose(2, 3)  # (B, H, T, D) x (B, H, D, T) -> (B, H, T, T)
-        values = scores.softmax(dim=-1) @ v  # (B, H, T, T) x (B, H, T, D) -> (B, H, T, D)
-        return values.transpose(1, 2).reshape(B, T, H * D)  # (B, H, T, D) -> (B, T, HD)
+        return scores.softmax(dim=-1), v
+
+    def forward(self, qkv):
+        weights, v = self.weigh(qkv)
+        values = (weights @ v).transpose(1, 2)  # (B, H, T, T) x (B, H, T, D) -> (B, H, T, D) -> (B, T, H, D)
+        return values.flatten(2)  # (B, T, H, D) -> (B, T, HD)
 
 
 class Attention(nn.Module):

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from kernels import plain
 
 HUGE_PAGE = 2 << 20
+TOP_PAD = 1 << 30
 
 
-def keep_freed_memory(top_pad=1 << 30):
+def keep_freed_memory():
     """Tell glibc to keep freed memory for the next allocation, for the rest of the process; False without glibc.
 
-    `top_pad` bytes of address space are reserved at once, in pages of 2 MB where Linux grants them; they take no
+    TOP_PAD bytes of address space are reserved at once, in pages of 2 MB where Linux grants them; they take no
     memory before they are used.
     """
     if platform.libc_ver()[0] != "glibc":
@@ -37,14 +38,14 @@ def keep_freed_memory(top_pad=1 << 30):
     libc = ctypes.CDLL(None)
     # From mallopt(3): M_MMAP_MAX = -4, how many blocks may be mapped apart; M_TRIM_THRESHOLD = -1, the free bytes at
     # the heap's top above which they go back; M_TOP_PAD = -2, by how much the heap grows. Each call returns 1 if done.
-    if not all([libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1), libc.mallopt(-2, top_pad)]):
+    if not all([libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1), libc.mallopt(-2, TOP_PAD)]):
         return False
     libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     start = libc.sbrk(0)
-    libc.free(libc.malloc(top_pad // 2))  # more than the heap has free, so that it grows now
+    libc.free(libc.malloc(TOP_PAD // 2))  # more than the heap has free, so that it grows now
     start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, libc.sbrk(0)
     if end > start:
         libc.madvise(start, end - start, 14)  # MADV_HUGEPAGE; a kernel without huge pages says no, and nothing is lost

@@ -44,16 +44,15 @@ def cases(dtype):
     weights = like(1, 3, 32, 32), like(32, 32, 2, 2), like(64, 256)
     yield "stem forward", stem.forward_kernel, stem.forward_constants(*weights)
     yield "stem backward", stem.backward_kernel, stem.backward_constants(*weights)
-    for recipe, steps in (("default", {"WARP": False, "CUT": 0}), ("original", {"WARP": True, "CUT": 8})):
-        yield f"augment {recipe}", augment.augment_kernel, {"BORDER": "reflect", "FLIP": True, "PIXELS": 1024, **steps}
+    for recipe, steps in (("default", {"BORDER": "reflect", "WARP": False, "CUT": 0}), ("original", {"BORDER": "wrap", "WARP": True, "CUT": 8})):
+        yield f"augment {recipe}", augment.augment_kernel, {"FLIP": True, "PIXELS": 1024, **steps}
     if dtype == torch.float32:  # parameters are in no other
         yield "adamw", adamw.adamw_kernel, {"BLOCK": adamw.BLOCK}
-        yield "muon", muon.muon_kernel, {"STEPS": 5, "SIDE": 64, "CHUNK": muon.CHUNK, "PRODUCTS": "tf32x3", **muon.OPTIONS}
+        yield "muon", muon.muon_kernel, {"STEPS": len(muon.COEFFICIENTS), "SIDE": 64, "CHUNK": muon.CHUNK, "PRODUCTS": "tf32x3", **muon.OPTIONS}
 
 
 def compile_for(kernel, constants, dtype_name, target):
     """`kernel` compiled for a target of TARGETS, as a launch would compile it."""
-    working = {"bf16": "*bf16", "fp32": "*fp32"}[dtype_name]
     if "PRODUCTS" in constants and target.startswith("gfx"):
         constants = {**constants, "PRODUCTS": "ieee"}
     if "DTYPE" in kernel.arg_names:
@@ -64,7 +63,7 @@ def compile_for(kernel, constants, dtype_name, target):
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             kind = KINDS.get(name, "*fp32")
-            signature[name] = working if kind == "working dtype" else kind
+            signature[name] = f"*{dtype_name}" if kind == "working dtype" else kind
         else:
             signature[name] = "fp32" if name in REALS else "i32"
     options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}

@@ -85,10 +85,10 @@ def test_warp_agrees_with_torchvision_away_from_the_border(images):
 def test_cutout_fills_one_square_of_the_chosen(images, size):
     corners = torch.tensor([[0, 0], [32 - size, 32 - size], [0, 32 - size], [3, 5], [7, 1], [2, 2]]).clamp(max=32 - size)
     chosen = torch.tensor([True, True, True, True, False, True])
-    for image, (y, x), cut, result in zip(images, corners.tolist(), chosen, cutout(images.float(), corners, size, chosen, fill=-1.0)):
-        expected = image.float().clone()
+    for image, (y, x), cut, result in zip(images, corners.tolist(), chosen, cutout(images + 1.0, corners, size, chosen)):
+        expected = image + 1.0
         if cut:
-            expected[:, y : y + size, x : x + size] = -1.0
+            expected[:, y : y + size, x : x + size] = 0.0
         assert torch.equal(result, expected)
 
 

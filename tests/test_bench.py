@@ -83,10 +83,10 @@ def test_half_blocks_of_pytorch_are_timed_without_a_gpu(monkeypatch):
 
 def test_a_way_that_is_wrong_or_fails_gives_no_figure(monkeypatch):
     monkeypatch.setattr(bench_gpu, "BATCH", 2)
-    ways, module = bench_gpu.half_block_ways(torch.device("cpu"), torch.bfloat16)
+    ways, module = bench_gpu.half_block_ways(torch.device("cpu"))
     working = ways["eager"][1]
     broken = {"wrong": (lambda x: working(x) * 1.1, working), "failing": (lambda x: x @ x, working)}
-    monkeypatch.setattr(bench_gpu, "half_block_ways", lambda device, dtype: (broken, module))
+    monkeypatch.setattr(bench_gpu, "half_block_ways", lambda device: (broken, module))
     wrong, failing = bench_gpu.measure(None, torch.device("cpu"))
     assert wrong["us"] == failing["us"] == "" and wrong["range"].startswith("failed: off by 1.0e-01 from float64")
     assert failing["range"].startswith("failed: ")

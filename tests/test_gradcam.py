@@ -18,18 +18,14 @@ from augment import Augmentation, Normalize
 from cli import UsageError
 from files import read_csv
 from gradcam import LAYER, METHODS, GradCAM, check_layer, has_grid, layer_shapes, to_unit
-from recipe import RECIPES, build_vit
+from recipe import RECIPES, build_model
 
 GRADIENT_METHODS = list(gradcam.GRADIENT_METHODS)
 
 
 def make_model(seed=1):
     """PyTorch's start, with small embeddings: behind a pooled start, LayerNorm takes away what a whole map is raised by."""
-    model = build_vit(10, seed)
-    with torch.no_grad():
-        for embedding in model.parameters(recurse=False):
-            embedding.mul_(0.02)
-    return model.eval()
+    return build_model(dataclasses.replace(RECIPES["original"], embedding_std=0.02), 10, seed, "cpu").eval()
 
 
 def pictures(count, seed=0):
@@ -86,23 +82,6 @@ def test_gradcam_plus_plus_is_its_formula():
     assert torch.allclose(gradcam.gradcam_plus_plus(activations, gradients), expected, rtol=1e-10)
 
 
-def test_attention_is_the_networks_own():
-    model, images = make_model(), pictures(3)
-    seen = {}
-    attend = model.blocks[1].attention.attend
-    attend.register_forward_hook(lambda module, inputs, output: seen.update(qkv=inputs[0], output=output))
-    model(images)
-    H, D = attend.heads, attend.dim_head
-    values = seen["qkv"][..., 2 * H * D :].view(3, 33, H, D)
-    alone = []
-    for h in range(H):  # with one head's q and k in the place of all, the mean over heads is that head
-        q, k = (seen["qkv"][..., part * H * D + h * D :][..., :D].repeat(1, 1, H) for part in (0, 1))
-        alone.append(gradcam.attention(torch.cat([q, k, seen["qkv"][..., 2 * H * D :]], dim=2), H, D))
-    output = torch.stack([alone[h] @ values[:, :, h] for h in range(H)], dim=2).flatten(2)
-    assert torch.allclose(output, seen["output"], atol=1e-6)
-    assert torch.allclose(gradcam.attention(seen["qkv"], H, D), torch.stack(alone).mean(0), atol=1e-6)
-
-
 def test_rollout_of_known_attention():
     first = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]])
     second = torch.tensor([[[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
@@ -112,11 +91,13 @@ def test_rollout_of_known_attention():
 
 
 def test_attention_maps_are_the_token_maps_weighted():
-    model, images = make_model(), pictures(3)
+    model, images, attentions = make_model(), pictures(3), []
+    for block in model.blocks:
+        block.attention.attend.register_forward_hook(lambda module, inputs, output: attentions.append(module.weigh(inputs[0])[0].mean(1)))
     with GradCAM(model, LAYER, "attention") as cam:
         maps = cam(images)
-        weights = gradcam.rollout(cam.attentions)
-        assert len(cam.attentions) == 2
+        assert len(attentions) == 2 and attentions[0].shape == (3, 33, 33)
+        weights = gradcam.rollout(attentions)
     stem = model.stem
     expected = torch.einsum("bc,bchw->bhw", weights, stem.gelu2(stem.conv2(stem.gelu1(stem.conv1(images)))))
     assert torch.allclose(maps, to_unit(expected.relu(), (32, 32)), atol=1e-5)

@@ -164,13 +164,12 @@ def ending(agent, seconds):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """The arguments of a run on a folder of pictures, at a rate at which rounding does not grow."""
+    """The arguments of a run on a folder of pictures, at a rate at which rounding does not grow, whose ranks can be found."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("finds a rank's process through /proc")
     place = tmp_path_factory.mktemp("ranks")
     pictures = write_pictures(place / "pictures", 120, 40)
     return list(map(str, ["--data", pictures, "--data-dir", place / "data", "--epochs", 12, "--batch-size", 30, "--max-lr", 0.003, "--device", "cpu", "--precision", "fp32"]))
-
-
-pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank's process through /proc")
 
 
 def test_a_rank_that_dies_ends_the_run_with_a_line_and_a_whole_checkpoint(two_ranks, tmp_path):

@@ -252,7 +252,7 @@ def test_what_holds_no_state_is_refused(finished, tmp_path, invoke):
 
 def test_a_tampered_configuration_or_state_is_a_line(finished, tmp_path, invoke):
     content = torch.load(finished / "last.pt", weights_only=True)
-    paths = [("config", name) for name in content["config"] if name not in ("dataset", "job", "set")]
+    paths = [("config", name) for name in content["config"] if name not in ("job", "set")]
     paths += [("config", "settings", field.name) for field in dataclasses.fields(Recipe) if field.default is dataclasses.MISSING]
     paths += [("progress", name) for name in content["progress"]] + [("progress", "trainer", name) for name in content["progress"]["trainer"]]
     for path in paths:
