@@ -76,9 +76,8 @@ RECIPES = {
         beta2=0.99,
         optimizer="muon",
         adamw_share=0.75,
-        label_smoothing=0.1,
         pooled_start=True,
-        augmentation=Augmentation(crop_padding=4, crop_border="reflect", calm_share=0.2, flip="alternating"),
+        augmentation=Augmentation(crop_padding=4, crop_border="reflect", calm_share=0.2, flip_p=0.5),
     ),
 }  # fmt: skip
 # In 200 epochs the same network would over-fit, so it is shown more kinds of pictures; and the last weights, which over-fit most,
