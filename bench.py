@@ -35,12 +35,12 @@ from PIL import Image
 
 import bench_gpu
 import data
+from bench_gpu import BATCH
 from cli import Parser, Progress, RunError, UsageError, add_data_arguments, output_file, positive_int, run
 from engine import Runtime, Trainer
 from files import markdown, write_csv
 from recipe import RECIPES
 
-BATCH = 512
 WARM_UP = 3  # steps before the timed ones
 # Name -> (kernels, precision) of engine.Runtime. `torch` does nothing but call vit.py's modules.
 WAYS = {
@@ -184,6 +184,15 @@ def resources():
     return resources.rows(), resources.COLUMNS
 
 
+def cpu_name():
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def machine(rounds, steps):
     """Where and how often the CPU was measured, printed and returned."""
     told = {
@@ -247,15 +256,6 @@ def main():
     print(table(rows, columns))
     if arguments.csv:
         write_csv(arguments.csv, rows)
-
-
-def cpu_name():
-    """The processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The README's tables and docs/curves.png, written from the measured files under results/, so that no figure is typed twice.
+"""The README's tables of measurements and docs/curves.png, written from the measured files under results/.
 
     python report.py            # write both again
-    python report.py --check    # or only say whether they are what results/ gives
+    python report.py --check    # or only say whether the tables are what results/ gives
 
 A table stands in the README between `<!-- NAME -->` and `<!-- end of NAME -->`, NAME being a key of TABLES.
 """
@@ -155,7 +155,7 @@ def heat():
     return markdown([*head, f"pointing game ↑, {drawings}", f"heat inside ↑, {drawings}"], rows)
 
 
-def imports():
+def imported():
     """Name -> names of our own modules that it imports, read off the source, wherever in it they are imported."""
     paths = [*HERE.glob("*.py"), *HERE.glob("kernels/*.py")]
     sources = {".".join(path.relative_to(HERE).with_suffix("").parts).removesuffix(".__init__"): path.read_text() for path in paths}
@@ -174,7 +174,7 @@ def imports():
 
 def import_graph():
     """The modules in rows: each imports from rows below its own alone; raises RunError for a circle."""
-    graph, rows = imports(), []
+    graph, rows = imported(), []
     while graph:
         free = sorted(name for name, needed in graph.items() if not needed & graph.keys())
         if not free:

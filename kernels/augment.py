@@ -44,10 +44,10 @@ def augment_kernel(
     offsets_ptr, flipped_ptr, warped_ptr, shifts_ptr, scales_ptr, angles_ptr, corners_ptr, cut_ptr,  # as augment.Draws has them
     mean_ptr, std_ptr,  # (3,), fp32, of bytes
     z_ptr,  # (B, 3, S, S), working dtype
-    S,
     BORDER: tl.constexpr,  # of the crop, "reflect" or "wrap"; "" where there is none
     FLIP: tl.constexpr, WARP: tl.constexpr,
     CUT: tl.constexpr,  # the square's side; 0 where there is none
+    S: tl.constexpr,  # known to the compiler, so that taking a remainder is no division
     PIXELS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -91,7 +91,7 @@ def augment(augmenter, pictures, indices, draws, dtype):
     drawn = draws.offsets, draws.flipped, draws.warped, draws.shifts, draws.scales, draws.angles, draws.corners, draws.cut
     drawn = [indices if each is None else each for each in drawn]  # what a kernel does not read still needs an address
     launch(
-        augment_kernel, len(indices), dtype, (pictures, indices, *drawn, normalize.mean, normalize.std), (z,), S,
+        augment_kernel, len(indices), dtype, (pictures, indices, *drawn, normalize.mean, normalize.std), (z,), S=S,
         BORDER=plan.crop_border if draws.offsets is not None else "", FLIP=draws.flipped is not None,
         WARP=draws.warped is not None, CUT=plan.cutout_size if draws.cut is not None else 0, PIXELS=triton.next_power_of_2(S * S),
     )  # fmt: skip

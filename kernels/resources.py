@@ -45,7 +45,7 @@ def cases(dtype):
     yield "stem forward", stem.forward_kernel, stem.forward_constants(*weights)
     yield "stem backward", stem.backward_kernel, stem.backward_constants(*weights)
     for recipe, steps in (("default", {"BORDER": "reflect", "WARP": False, "CUT": 0}), ("original", {"BORDER": "wrap", "WARP": True, "CUT": 8})):
-        yield f"augment {recipe}", augment.augment_kernel, {"FLIP": True, "PIXELS": 1024, **steps}
+        yield f"augment {recipe}", augment.augment_kernel, {"FLIP": True, "S": 32, "PIXELS": 1024, **steps}
     if dtype == torch.float32:  # parameters are in no other
         yield "adamw", adamw.adamw_kernel, {"BLOCK": adamw.BLOCK}
         yield "muon", muon.muon_kernel, {"STEPS": len(muon.COEFFICIENTS), "SIDE": 64, "CHUNK": muon.CHUNK, "PRODUCTS": "tf32x3", **muon.OPTIONS}

@@ -269,6 +269,17 @@ def test_ten_steps_of_training(small_there):
     assert losses["triton"][0] != losses["triton"][9]
 
 
+def step_astray_and_back(optimizer, parameters):
+    """What an optimizer's state is saved as is a copy to be kept, and enough to go on from."""
+    saved, before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in parameters]
+    optimizer.prepare(0.3, 0.5)
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before):
+            parameter.copy_(value)
+
+
 @pytest.mark.parametrize(
     "shapes, stacked", [([(64, 64), (192, 64), (64, 256), (32, 3, 3, 3), (32, 32, 2, 2)], [1, 3, 1, 1, 1]), ([(5, 3), (140, 3), (1, 1)], [1, 2, 1])]
 )
@@ -281,13 +292,7 @@ def test_muon(shapes, stacked):
     for i in range(10):
         gradients = [torch.randn_like(p) * 10.0 ** torch.randint(-6, 3, (), device=DEVICE) for p in start]
         if i == 5:
-            saved, before = copy.deepcopy(each[2].state_dict()), [p.detach().clone() for p in ours]
-            each[2].prepare(0.3, 0.5)
-            each[2].step()
-            each[2].load_state_dict(saved)
-            with torch.no_grad():
-                for parameter, value in zip(ours, before):
-                    parameter.copy_(value)
+            step_astray_and_back(each[2], ours)
         for optimizer, parameters in zip(each, (exact, plain, ours)):
             for p, gradient in zip(parameters, gradients):
                 p.grad = gradient.to(p.dtype)
@@ -320,14 +325,8 @@ def test_adamw(weight_decay):
         for a, b in zip(theirs, ours):
             a.grad = torch.randn_like(a) * 10.0 ** torch.randint(-6, 3, a.shape, device=DEVICE)
             b.grad = a.grad.clone()
-        if i == 5:  # what is saved is a copy to be kept, and enough to go on from after a step astray
-            saved, before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in ours]
-            optimizer.prepare(0.3, 0.5)
-            optimizer.step()
-            optimizer.load_state_dict(saved)
-            with torch.no_grad():
-                for parameter, value in zip(ours, before):
-                    parameter.copy_(value)
+        if i == 5:
+            step_astray_and_back(optimizer, ours)
         for each in (reference, optimizer):
             each.prepare(0.1 / (i + 1), 0.95 - 0.01 * i)
         reference.step()
