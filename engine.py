@@ -98,6 +98,13 @@ def has_bf16_matrices(device):
     return False
 
 
+def check_batch(recipe, dataset):
+    """Raise UsageError where a batch is more than there are training pictures."""
+    count = len(dataset.train_images)
+    if recipe.batch_size > count:
+        raise UsageError(f"batches of {recipe.batch_size} are larger than the {count:,} training pictures of {dataset.name}; --set batch_size={count} would fit")
+
+
 class Trainer:
     """One run's moving parts: model, optimizer, schedule, augmentation, and the generator behind every random choice.
 

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import itertools
 import math
+import shlex
 import statistics
 import time
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ import torch
 
 import data
 import plots
-from cli import Parser, Progress, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run, seed_int
-from engine import Runtime, Trainer, predict, score
+from cli import Parser, Progress, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run, seed_int
+from engine import Runtime, Trainer, check_batch, predict, score
 from files import write_csv
-from recipe import RECIPES
+from recipe import RECIPES, changed
 
 SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten rates
 CPU_STEPS = 10  # batches a rate on a CPU: 500 rates in some minutes
@@ -85,14 +86,14 @@ def range_test(trainer, sweep, steps, diverge=4.0, validate=None, after_rate=lam
                     loss, correct, seen = loss + batch_loss, correct + batch_correct, seen + len(indices)
                 loss = loss.item() / seen
                 if not math.isfinite(loss):
-                    return history, f"the loss at rate {rate:.4g} is {loss}"
+                    return history, f"at rate {rate:.4g} the loss is {loss}"
                 running = SMOOTHING * running + (1 - SMOOTHING) * loss
                 smoothed = running / (1 - SMOOTHING ** (len(history) + 1))
                 row = {"rate": rate, "loss": loss, "smoothed": smoothed, "train_accuracy": 100 * correct.item() / seen}
                 history.append({**row, "test_accuracy": validate()} if validate else row)
                 best = min(best, smoothed)
                 if smoothed > diverge * best:
-                    return history, f"the smoothed loss at rate {rate:.4g} is {smoothed:.3g}, over {diverge:g} times its best, {best:.3g}"
+                    return history, f"at rate {rate:.4g} the smoothed loss is {smoothed:.3g}, its best was {best:.3g}"
                 after_rate(history)
         except KeyboardInterrupt:
             return history, "stopped by Ctrl-C"
@@ -131,13 +132,13 @@ def steepest(history, lowest, mode):
     inner = range(1, max(lowest, 2))
     slopes = {k: (smoothed[k + 1] - smoothed[k - 1]) / (axis[k + 1] - axis[k - 1]) for k in inner}
     k = min(slopes, key=slopes.get)
-    return Suggestion(history[k]["rate"], "the smoothed loss falls fastest here" + (" on the logarithmic axis" if mode == "exp" else ""))
+    return Suggestion(history[k]["rate"], "the smoothed loss falls fastest here" + (", on a log axis" if mode == "exp" else ""))
 
 
 def tenth_of_minimum(history, lowest):
     """A tenth of the rate at which the smoothed loss is lowest."""
     if lowest == len(history) - 1:
-        return Suggestion(None, "the loss still falls at the last rate: raise --end-lr")
+        return Suggestion(None, "the loss still falls at the last rate")
     return Suggestion(history[lowest]["rate"] / 10, f"a tenth of {history[lowest]['rate']:.4g}, where the smoothed loss is lowest")
 
 
@@ -149,7 +150,7 @@ def best_accuracy(history):
 
 
 def valley(history):
-    """The middle of the longest descent, of a history up to its minimum: the longest falling subsequence of the smoothed loss."""
+    """The middle of the longest fall, of a history up to its minimum: the longest falling subsequence of the smoothed loss."""
     smoothed = [row["smoothed"] for row in history]
     length, before = [1] * len(smoothed), [-1] * len(smoothed)
     for i, value in enumerate(smoothed):
@@ -160,17 +161,20 @@ def valley(history):
     while before[first] >= 0:
         first = before[first]
     middle = history[(first + last) // 2]["rate"]
-    return Suggestion(middle, f"the middle of the longest descent, from {history[first]['rate']:.4g} to {history[last]['rate']:.4g}")
+    return Suggestion(middle, f"the middle of the longest fall, {history[first]['rate']:.4g} to {history[last]['rate']:.4g}")
 
 
-def step_seconds(trainer):
-    """How long one update takes, from the last of three."""
+def rate_seconds(trainer, steps, validate):
+    """How long one rate takes: `steps` updates, each as long as the last of three, and a look at the test pictures."""
     with preserved(trainer):
         for indices, epoch in itertools.islice(batches(trainer), 3):
             started = time.perf_counter()
             trainer.step(indices, epoch, 0.0, 0.9)[0].item()  # .item() waits for the device
             seconds = time.perf_counter() - started
-    return seconds
+        started = time.perf_counter()
+        if validate:
+            validate()
+        return steps * seconds + time.perf_counter() - started
 
 
 def clock(seconds):
@@ -185,6 +189,7 @@ def parse():
     parser.add_argument("--mode", default="linear", choices=["linear", "exp"], help="how the rates are spaced")
     parser.add_argument("--steps-per-epoch", type=positive_int, help=f"batches each rate gets (default: {CPU_STEPS} on a CPU, else a full pass)")
     parser.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="whose optimizer, augmentation and batch size to test with")
+    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the recipe, as train.py takes it; may be repeated (default: the recipe's)")
     parser.add_argument("--diverge", type=positive_float, default=4.0, help="end when the smoothed loss exceeds its best this many times")
     parser.add_argument("--val", action="store_true", help="also look at the test pictures after every rate")
     add_data_arguments(parser)
@@ -201,47 +206,54 @@ def parse():
 
 def main():
     arguments = parse()
-    recipe = RECIPES[arguments.recipe]
+    recipe = changed(RECIPES[arguments.recipe], arguments.set or [])
     output_folder(arguments.out)
     runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
     dataset = data.load(arguments.data, arguments.data_dir, runtime.device)
-    if recipe.batch_size > len(dataset.train_images):
-        raise UsageError(f"{dataset.name} has {len(dataset.train_images)} training pictures, fewer than one batch of {recipe.batch_size}")
+    check_batch(recipe, dataset)
     trainer = Trainer(recipe, dataset, runtime, arguments.seed)
     sweep = rates(arguments.start_lr, arguments.end_lr, arguments.epochs, arguments.mode)
     steps = arguments.steps_per_epoch or (CPU_STEPS if runtime.device.type == "cpu" else trainer.steps_per_epoch)
 
     print(f"{runtime.describe()}\n{dataset.name}, recipe {arguments.recipe}, seed {arguments.seed}")
     print(f"{len(sweep)} rates from {arguments.start_lr:g} towards {arguments.end_lr:g}, {arguments.mode}, {steps} steps of {recipe.batch_size} each")
-    expected = step_seconds(trainer) * steps * len(sweep)
-    print(f"expected time {clock(expected)}" + (", and as many looks at the test pictures" if arguments.val else ""), flush=True)
+
+    def validate():
+        return score(predict(runtime, trainer.model, trainer.normalize, dataset.test_images), dataset.test_labels)[1]
+
+    look = validate if arguments.val else None
+    print(f"expected time {clock(rate_seconds(trainer, steps, look) * len(sweep))}", flush=True)
     progress, started = Progress("rate", len(sweep)), time.perf_counter()
 
     def after_rate(history):
         left = (time.perf_counter() - started) / len(history) * (len(sweep) - len(history))
         progress.update(len(history), f"lr {history[-1]['rate']:.3g}, loss {history[-1]['smoothed']:.3f}, {clock(left)} left")
 
-    def validate():
-        return score(predict(runtime, trainer.model, trainer.normalize, dataset.test_images), dataset.test_labels)[1]
-
-    history, ended = range_test(trainer, sweep, steps, arguments.diverge, validate if arguments.val else None, after_rate)
+    history, ended = range_test(trainer, sweep, steps, arguments.diverge, look, after_rate)
     progress.clear()
-    spent = clock(time.perf_counter() - started)
-    print(f"{len(history)} of {len(sweep)} rates in {spent}" + (f", ended early: {ended}" if ended else ""))
+    print(f"{len(history)} of {len(sweep)} rates in {clock(time.perf_counter() - started)}" + (f", ended early: {ended}" if ended else ""))
     suggestions = suggest(history, arguments.mode)
-    for name, pick in suggestions.items():
-        print(f"  {name:<14} {'none' if pick.rate is None else f'{pick.rate:.4g}':>9}  {pick.reason}")
+    recommend(suggestions, arguments)
     if history:
         write_csv(arguments.out / "lr_range.csv", history)
         title = f"learning rate range test, {dataset.name}, recipe {arguments.recipe}"
         plots.save(plots.lr_range(history, suggestions, arguments.mode, title), arguments.out / "lr_range.png")
         print(f"saved {arguments.out / 'lr_range.csv'} and {arguments.out / 'lr_range.png'}")
+
+
+def recommend(suggestions, arguments):
+    """Print every suggestion, and the line to copy for the recommended one."""
     name = RECOMMENDED[arguments.mode]
     pick = suggestions[name]
+    if any(other.rate for other in suggestions.values()):
+        for other, suggestion in suggestions.items():
+            print(f"  {other:<14} {'none' if suggestion.rate is None else f'{suggestion.rate:.4g}':>9}  {suggestion.reason}")
     if pick.rate is None:
-        print(f"\nnothing to recommend: {pick.reason}")
-    else:
-        print(f"\nrecommended ({name}), a start and not the truth:\n  python train.py --recipe {arguments.recipe} --max-lr {pick.rate:.4g}")
+        return print(f"\nnothing to recommend: {pick.reason}\n")
+    given = {"--data": arguments.data, "--data-dir": arguments.data_dir, "--recipe": arguments.recipe}
+    flags = [f"{flag} {shlex.quote(value)}" for flag, value in given.items() if value not in ("auto", "./data")]
+    flags += [f"--set {shlex.quote(text)}" for text in arguments.set or []]
+    print(f"\nrecommended ({name}), a start and not the truth:\n  python train.py {' '.join(flags)} --max-lr {pick.rate:.4g}\n")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def curves(history, schedule, steps_per_epoch, title):
         axes.plot([step / steps_per_epoch for step in steps], values, color=NEUTRAL)
         axes.set_ylabel(name)
     for axes in (loss, accuracy, rate, momentum):
-        axes.set_xlabel("epochs passed")
+        axes.set(xlabel="epochs passed", xlim=(0, schedule.total_steps / steps_per_epoch))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
     return made
@@ -158,15 +158,14 @@ def lr_range(history, suggestions, mode, title):
     loss, accuracy = made.subplots(2, 1, sharex=True)
     loss.plot(rates, [row["loss"] for row in history], color=TRAIN, alpha=0.3, linewidth=1, label="loss, mean at each rate")
     loss.plot(rates, [row["smoothed"] for row in history], color=TRAIN, linewidth=2, label="loss, smoothed")
-    start, low = history[0]["loss"], min(row["smoothed"] for row in history)
+    start, low = history[0]["loss"], min(row["loss"] for row in history)
     loss.set_ylim(low - 0.1 * (start - low), start + 0.6 * (start - low) if start > low else None)  # divergence runs off the top
     accuracy.plot(rates, [row["train_accuracy"] for row in history], color=TRAIN, alpha=0.6, linewidth=1, label="train")
     if "test_accuracy" in history[0]:
         accuracy.plot(rates, [row["test_accuracy"] for row in history], color=TEST, alpha=0.8, linewidth=1, label="test")
-    marks = [(name, pick.rate) for name, pick in suggestions.items() if pick.rate is not None]
-    for (name, rate), colour in zip(marks, ("#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")):
-        for axes in (loss, accuracy):
-            axes.axvline(rate, color=colour, linestyle="--", linewidth=1.2, label=f"{name}: {rate:.3g}" if axes is loss else None)
+    for (name, pick), colour in zip(suggestions.items(), ("#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")):
+        for axes in (loss, accuracy) if pick.rate is not None else ():
+            axes.axvline(pick.rate, color=colour, linestyle="--", linewidth=1.2, label=f"{name}: {pick.rate:.4g}" if axes is loss else None)
     if mode == "exp":
         loss.set_xscale("log")
     loss.set_ylabel("mean cross entropy")

@@ -1,5 +1,6 @@
 """Recipes: everything that a training run chooses, in one place, and the model, schedule and optimizer that follow from it."""
 
+import difflib
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from augment import Augmentation
+from cli import UsageError
 from optimizers import AdamW, Muon, MuonAndAdamW
 from schedule import ANNEALS, OneCycle
 from vit import ViT
@@ -110,10 +112,12 @@ HIGHEST = {  # of those settings that have a highest value; the lowest is 0
 def changed(recipe, assignments):
     """The recipe with settings changed by texts NAME=VALUE, of its own fields or its augmentation's.
 
-    Raises ValueError, which begins with the text, for a name that is none of them and a value that makes no sense.
+    Raises UsageError for a name that is none of them, for a value that makes no sense and for settings that do nothing.
     """
     for text in assignments:
-        name, _, value = text.partition("=")
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: NAME=VALUE is wanted")
         for owner in (recipe, recipe.augmentation):
             kinds = {field.name: field.type for field in fields(owner) if field.type is not Augmentation}
             if name in kinds:
@@ -121,7 +125,14 @@ def changed(recipe, assignments):
                 recipe = owner if isinstance(owner, Recipe) else replace(recipe, augmentation=owner)
                 break
         else:
-            raise ValueError(f"{text}: there is no setting {name!r}; recipe.py and augment.py name them all")
+            near = difflib.get_close_matches(name, [field.name for owner in (recipe, recipe.augmentation) for field in fields(owner)], 1)
+            hint = f"is it {near[0]}?" if near else "recipe.py and augment.py name them all"
+            raise UsageError(f"--set {text}: there is no setting {name!r}; {hint}")
+    plan = recipe.augmentation
+    if plan.warp_p and not (plan.warp_shift or plan.warp_scale or plan.warp_degrees):
+        raise UsageError(f"--set warp_p={plan.warp_p:g}: does nothing while warp_shift, warp_scale and warp_degrees are 0")
+    if plan.cutout_p and not plan.cutout_size:
+        raise UsageError(f"--set cutout_p={plan.cutout_p:g}: does nothing while cutout_size is 0")
     return recipe
 
 
@@ -130,16 +141,16 @@ def parsed(text, name, value, kind):
     if name in CHOICES or kind is bool:
         choices = CHOICES.get(name, ("True", "False"))
         if value not in choices:
-            raise ValueError(f"{text}: {name} is one of {', '.join(choices)}")
+            raise UsageError(f"--set {text}: {name} is one of {', '.join(choices)}")
         return value == "True" if kind is bool else value
     least, most = ("above" if name in POSITIVE else "of at least"), HIGHEST.get(name, math.inf)
-    expected = f"{text}: {name} is a {'whole ' * (kind is int)}number {least} 0" + (f" and at most {most}" if name in HIGHEST else "")
+    expected = f"--set {text}: {name} is a {'whole ' * (kind is int)}number {least} 0" + (f" and at most {most}" if name in HIGHEST else "")
     try:
         number = kind(value)
     except ValueError:
-        raise ValueError(expected) from None
+        raise UsageError(expected) from None
     if not 0 <= number <= most or number == math.inf or (number == 0 and name in POSITIVE):
-        raise ValueError(expected)
+        raise UsageError(expected)
     return number
 
 
