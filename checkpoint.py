@@ -52,6 +52,8 @@ def load(path, device):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; `python train.py` writes best.pt") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder; a checkpoint is a file, such as best.pt in it") from None
     except Exception:  # a foreign file may fail in any way that pickle, zip or torch know, with advice of theirs
         raise UsageError(f"{path} is not a checkpoint, or a damaged one") from None
     missing = FIELDS - (content.keys() if isinstance(content, dict) else set())

@@ -150,7 +150,7 @@ def fetch(archive, data_dir):
                 refusals.append(f"{url}: {problem}")
     except Exception as error:  # an archive may fail in any way that tarfile, gzip and zlib know
         raise RunError(f"{archive.file} could not be put under {data_dir}: {first_line(error)}") from None
-    raise RunError(f"{archive.file} could not be had. " + "; ".join(refusals))
+    raise RunError(f"{archive.file} could not be had; place it in {data_dir}, or name a mirror in {archive.variable}. " + "; ".join(refusals))
 
 
 def try_download(url, path):

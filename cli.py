@@ -7,6 +7,7 @@ none shows a traceback.
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -100,30 +101,27 @@ def first_line(error):
 
 def positive_int(text):
     """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 
 def positive_float(text):
     """An argparse type: a finite number above 0."""
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return value
+    return _number(text, float, lambda value: 0 < value < math.inf, "a finite number above 0")
 
 
 def seed_int(text):
     """An argparse type: a whole number that a torch.Generator takes as its seed."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def _number(text, kind, fits, told):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {told}")
     return value
-
-
-for _type in (positive_int, positive_float, seed_int):
-    _type.__name__ = _type.__name__.replace("_", " ")  # argparse says "invalid positive int value: 'x'"
 
 
 def output_folder(path, flag="--out"):
@@ -154,7 +152,12 @@ def add_data_arguments(parser, default="auto"):
         help="cifar10, cifar100, shapes, auto (cifar10 if present or downloadable, else shapes), "
         "or a folder with train/<class>/* and test/<class>/* pictures" + ("" if default else " (default: the checkpoint's)"),
     )
-    parser.add_argument("--data-dir", default="./data", metavar="DIR", help="where archives and decoded folders are kept")
+    parser.add_argument(
+        "--data-dir",
+        default=default and "./data",
+        metavar="DIR",
+        help="where archives and decoded folders are kept" + ("" if default else " (default: where the checkpoint's run had them)"),
+    )
 
 
 def add_device_arguments(parser):
@@ -175,7 +178,9 @@ class Progress:
         if self.live and (done == self.total or time.monotonic() - self.drawn > 0.1):
             self.drawn = time.monotonic()
             bar = "=" * (30 * done // self.total)
-            sys.stdout.write(f"\r\033[K{self.label} [{bar:<30}] {done:,}/{self.total:,} {text}")
+            line = f"{self.label} [{bar:<30}] {done:,}/{self.total:,} {text}"
+            width = shutil.get_terminal_size().columns - 1  # a longer line would leave its head behind when it is wiped
+            sys.stdout.write(f"\r\033[K{line[:width]}")
             sys.stdout.flush()
 
     def clear(self):

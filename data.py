@@ -62,7 +62,7 @@ class Dataset:
         return len(self.class_names)
 
 
-def load(source="auto", data_dir="./data", device="cpu"):
+def load(source, data_dir, device="cpu"):
     """The Dataset of a source: cifar10, cifar100, shapes, auto, or the path of a folder of pictures.
 
     Raises UsageError for a source that is none of these or a folder laid out otherwise, and RunError for data that
@@ -104,12 +104,13 @@ def hold_out(dataset, count):
     return replace(dataset, **split)
 
 
-def load_for(content, source=None, data_dir="./data", device="cpu"):
-    """The Dataset that a checkpoint (its content) was trained on, or that of another `source`.
+def load_for(content, source, data_dir, device):
+    """The Dataset that a checkpoint (its content) was trained on, or that of another `source` or `data_dir` where they are not None.
 
     Raises UsageError where its classes are not the checkpoint's, and what `load` raises.
     """
-    dataset, known = load(source or content["config"]["data"], data_dir, device), content["class_names"]
+    config, known = content["config"], content["class_names"]
+    dataset = load(source or config["data"], data_dir or config.get("data_dir", "./data"), device)
     if list(dataset.class_names) != known:
         raise UsageError(f"the checkpoint knows {len(known)} classes ({known[0]} ...), {dataset.name} has {dataset.num_classes} ({dataset.class_names[0]} ...)")
     return dataset

@@ -94,11 +94,11 @@ def main():
     confidence, predictions = logits.softmax(1).max(1)
     matrix = confusion_matrix(labels, predictions, K).cpu()
     title = f"{arguments.ckpt.name} (epoch {content['epoch']}, recipe {content['config'].get('recipe')}) on {dataset.name}"
-    print(f"{title}, {len(labels):,} test pictures, {runtime.describe()}")
+    print(f"{runtime.describe()}\n{title}, {len(labels):,} test pictures")
     print(f"\naccuracy {accuracy:.2f} %, mean loss {loss:.4f}")
     if arguments.tta == "flip":
         flipped = score(predict(runtime, model, normalize, dataset.test_images, tta=True), labels)
-        print(f"with test-time augmentation (logits averaged with the mirrored picture's): accuracy {flipped[1]:.2f} %, mean loss {flipped[0]:.4f}")
+        print(f"with mirrored pictures averaged in: accuracy {flipped[1]:.2f} %, mean loss {flipped[0]:.4f}")
     print(f"\nconfusion matrix, rows actual, columns predicted\n{matrix_text(matrix, class_names)}")
     print(f"\n{classification_report(matrix, class_names)}\n")
 

@@ -254,6 +254,9 @@ def parse():
         parser.error("--image is about pictures of yours; --correct, --class and --metrics are about test pictures")
     if arguments.metrics and (arguments.correct or arguments.class_name):
         parser.error("--metrics is about test pictures of all kinds; --correct and --class choose which to show")
+    for path in arguments.image or ():
+        if not path.is_file():
+            parser.error(f"--image {path}: there is no such file")
     return arguments
 
 

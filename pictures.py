@@ -15,6 +15,7 @@ from cifar import SIDE
 from cli import Progress, RunError, UsageError, first_line
 from files import replacing
 
+LITTER = "thumbs.db", "desktop.ini"  # that file managers leave in folders
 MAX_PIXELS = 2**26  # of a picture file, 8192 x 8192: a larger one is a mistake or a bomb
 
 
@@ -46,7 +47,7 @@ def list_pictures(folder):
     """[(part, label, path)] and the class names, both sorted; raises UsageError where the layout is another."""
 
     def visible(path):
-        return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        return sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.name.lower() not in LITTER)
 
     parts = {part: folder / part for part in ("train", "test")}
     for path in parts.values():
@@ -58,7 +59,7 @@ def list_pictures(folder):
             raise UsageError(f"{path} has no class folders: pictures belong in {path.name}/<class>/")
     if names["train"] != names["test"]:
         odd = sorted(set(names["train"]) ^ set(names["test"]))[0]
-        raise UsageError(f"{folder}: class {odd!r} is in one of train/ and test/ and not in the other")
+        raise UsageError(f"{folder}: class {odd!r} is in {'train' if odd in names['train'] else 'test'}/ alone")
     listing = []
     for part, path in parts.items():
         for label, name in enumerate(names[part]):
@@ -84,11 +85,13 @@ def decode(paths):
     progress = Progress("decoding pictures", len(paths))
     if not progress.live:
         print(f"decoding {len(paths):,} pictures, once", flush=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(decode_one, paths)) as decoded:
-        for i, image in enumerate(decoded):
-            images[i] = image
-            progress.update(i + 1)
-    progress.clear()
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(decode_one, paths)) as decoded:
+            for i, image in enumerate(decoded):
+                images[i] = image
+                progress.update(i + 1)
+    finally:
+        progress.clear()
     return images
 
 
@@ -103,7 +106,7 @@ def decode_one(path, convert=True):
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it claims {image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
             if not convert and image.mode != "RGB":
-                raise ValueError(f"its mode is {image.mode}, not RGB")
+                raise ValueError(f"its mode is {image.mode}, not RGB; convert it first")
             image = image.convert("RGB")
             if image.size != (SIDE, SIDE):
                 image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)

@@ -35,7 +35,7 @@ from cli import (
     Parser, Progress, RunError, Stop, Stopped, UsageError, add_data_arguments, add_device_arguments, first_line,
     output_folder, positive_float, positive_int, run, seed_int,
 )  # fmt: skip
-from engine import Runtime, Trainer, predict, score, versions
+from engine import Runtime, Trainer, check_batch, predict, score, versions
 from files import replacing, sweep, write_csv
 from recipe import RECIPES, Recipe, changed
 
@@ -74,19 +74,14 @@ def main():
     if arguments.resume:
         return resume(arguments.resume, given)
     overrides = [f"{name}={getattr(arguments, name)}" for name in ("epochs", "batch_size", "max_lr") if getattr(arguments, name)]
-    try:
-        recipe = changed(RECIPES[arguments.recipe], [*(arguments.set or []), *overrides])
-    except ValueError as error:
-        raise UsageError(f"--set {error}") from None
+    recipe = changed(RECIPES[arguments.recipe], [*(arguments.set or []), *overrides])
     runtime = Runtime(arguments.device, arguments.precision, arguments.kernels, torchrun=True)
     output_folder(arguments.out / "runs")
     with runtime.ranks.in_turn():
         dataset = data.load(arguments.data, arguments.data_dir, runtime.device)
     if arguments.val_split:
         dataset = data.hold_out(dataset, arguments.val_split)
-    count = len(dataset.train_images)
-    if recipe.batch_size > count:
-        raise UsageError(f"--batch-size {recipe.batch_size} is larger than the {count} training pictures of {dataset.name}")
+    check_batch(recipe, dataset)
 
     config = {
         "recipe": arguments.recipe,
@@ -128,6 +123,8 @@ def run_folder(runs, name, seed):
 def resume(kept, given):
     """Go on with the run kept in `kept`, a folder or its last.pt; raises UsageError for a file that does not let it and for flags that differ."""
     path = kept / "last.pt" if kept.is_dir() else kept
+    if not path.is_file():
+        raise UsageError(f"--resume {kept}: no run is kept there; each has a folder of its own under runs/")
     _, content = checkpoint.load(path, "cpu")
     if "progress" not in content:
         raise UsageError(f"{path} holds a network and not the state of its run; that is in last.pt")
@@ -170,7 +167,7 @@ def refuse_others(given, began, folder):
         if name == "out" and value:
             value = value.resolve()
         if name not in ("resume", "data_dir", "save_every") and value not in (None, "auto", began[name]):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {began[name]}, and goes on with that")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {began[name] or 'none'}, and goes on with that")
 
 
 class Run:
@@ -218,6 +215,8 @@ class Run:
                 self.keep(finished=done + steps == self.total)
         kind = pictures_of(self.config)
         last, top = self.history[-1], max(self.history, key=lambda row: row["test_accuracy"])
+        if self.total < self.trainer.schedule.total_steps:
+            print(f"ended by --max-steps after {self.total:,} of {self.trainer.schedule.total_steps:,} steps")
         print(f"last epoch: {last['test_accuracy']:.2f} % on the {kind} pictures of {self.dataset.name} (epoch {last['epoch']})")
         print(f"best epoch: {top['test_accuracy']:.2f} % (epoch {top['epoch']}; picked by its accuracy, so a little flattered)", flush=True)
         if stop.number:
@@ -311,11 +310,11 @@ def summary(histories, kind, dataset_name):
 def print_header(config, dataset, recipe):
     print(" ".join(f"{name} {version}" for name, version in config["versions"].items()), f"commit {config['git_commit']}")
     print(f"device    {config['device']}")
-    print(f"data set  {dataset.name}: {len(dataset.train_images):,} train, {len(dataset.test_images):,} test, {dataset.num_classes} classes")
+    print(f"data set  {dataset.name}: {len(dataset.train_images):,} train, {len(dataset.test_images):,} {pictures_of(config)}, {dataset.num_classes} classes")
     settings = dataclasses.asdict(recipe)
     augmentation = settings.pop("augmentation")
-    for name, values in ((f"recipe    {config['recipe']}", settings), ("augment  ", augmentation)):
-        told = ", ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+    for name, values in ((f"recipe    {config['recipe']}:", settings), ("augment  ", augmentation)):
+        told = ", ".join(f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
         print(textwrap.fill(f"{name} {told}", 79, subsequent_indent=" " * 10))
 
 

@@ -201,8 +201,8 @@ def cost(model):
 def cost_table(model):
     """`cost(model)` as text: a row an operation, then totals of parameters, MACs and memory (fp32, one picture)."""
     rows = cost(model)
-    line = "{:<32} {:<18} {:>14} {:>10} {:>12}".format
-    lines = [line("name", "operation", "output shape", "parameters", "MACs")]
+    line = "{:<29} {:<16} {:>10} {:>10} {:>9}".format
+    lines = [line("name", "operation", "output", "parameters", "MACs")]
     lines += [
         line(row["name"], row["op"], ", ".join(map(str, row["shape"])), f"{row['parameters']:,}", f"{row['macs']:,}")
         for row in rows
@@ -215,7 +215,7 @@ def cost_table(model):
         f"parameters, layer table     {total - embeddings:>12,}",
         f"parameters, embeddings too  {total:>12,}  = {total * 4 / 1e6:.3f} MB in fp32",
         f"multiply-accumulates        {sum(row['macs'] for row in rows):>12,}  a picture, forward",
-        f"activations                 {activations:>12,}  = {activations * 4 / 1e6:.3f} MB in fp32 a picture, every output above",
+        f"activations                 {activations:>12,}  = {activations * 4 / 1e6:.3f} MB in fp32 a picture",
     ]
     return "\n".join(lines)
 

@@ -174,6 +174,16 @@ def test_a_picture_of_another_mode_is_converted_or_refused_as_asked(tmp_path, mo
         pictures.decode_one(tmp_path / "picture.tif", convert=False)
 
 
+def test_what_a_file_manager_leaves_is_no_picture(folder, tmp_path, capsys):
+    (folder / "train" / "dog" / "Thumbs.db").write_bytes(b"something else")
+    assert len(data.load(str(folder), tmp_path / "data").train_images) == 6
+
+
+def test_a_checkpoints_pictures_are_where_its_run_had_them(folder, tmp_path, capsys):
+    data.load_for({"config": {"data": str(folder), "data_dir": str(tmp_path / "kept")}, "class_names": ["cat", "dog"]}, None, None, "cpu")
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
 def test_unreadable_picture_is_named(folder, tmp_path, capsys):
     (folder / "train" / "dog" / "2.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(RunError, match="dog/2.png cannot be read as a picture"):
@@ -190,7 +200,7 @@ def remove(path):
     "spoil, told",
     [
         (lambda root: remove(root / "test"), "has no folder test/"),
-        (lambda root: remove(root / "train" / "cat"), "class 'cat' is in one of"),
+        (lambda root: remove(root / "train" / "cat"), "class 'cat' is in test/ alone"),
         (lambda root: [remove(path) for path in (root / "train").iterdir()], "train has no class folders"),
         (lambda root: [path.unlink() for path in (root / "test" / "dog").iterdir()], "dog is empty"),
         (lambda root: remove(root), "neither a folder that exists nor one of"),

@@ -463,7 +463,7 @@ def test_list_layers(ckpt, invoke):
         (["--class", "cat"], 2, "--class cat: the checkpoint's classes are checkered, crescent"),
         (["--data", "nowhere"], 2, "nowhere"),
         (["--out", __file__], 2, "--out"),
-        (["--image", "missing.png"], 1, "missing.png cannot be read as a picture"),
+        (["--image", "missing.png"], 2, "--image missing.png: there is no such file"),
         (["--image", __file__], 1, "cannot be read as a picture"),
         (["--image", "grey.png"], 1, "grey.png cannot be read as a picture (its mode is L, not RGB)"),
         (["--image", "good.png", "clear.png"], 1, "clear.png cannot be read as a picture (its mode is RGBA, not RGB)"),

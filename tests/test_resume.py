@@ -109,7 +109,7 @@ def test_a_run_ended_at_any_step_evaluation_or_write_goes_on_to_the_same_bits(ti
         folder = run_folder(out)
         points, again = -10_000, invoke(train, ["--resume", folder])
         if kill_at <= 2:  # neither config.json nor the first last.pt was there
-            assert again[0] == 2 and "last.pt does not exist" in again[2]
+            assert again[0] == 2 and "no run is kept there" in again[2]
         else:
             assert again[0] == 0 and again[2] == "" and ending(folder) == wanted, kill_at
 
@@ -243,7 +243,7 @@ def test_what_holds_no_state_is_refused(finished, tmp_path, invoke):
     for run, told in (
         (finished / "best.pt", "holds a network and not the state of its run"),
         (tmp_path / "nothing", "does not exist"),
-        (tmp_path, "last.pt does not exist"),
+        (tmp_path, "no run is kept there"),
         (finished / "history.csv", "is not a checkpoint"),
     ):
         status, _, err = invoke(train, ["--resume", run])

@@ -45,9 +45,9 @@ def test_from_the_command_line_to_an_evaluated_checkpoint(tmp_path, source):
     done = shell("train.py", "--data", source, "--data-dir", tmp_path / "data", "--out", out, "--max-steps", 4, "--batch-size", 256)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"data set  {name}: 50,000 train, 10,000 test, 10 classes" in done.stdout
-    assert "\r" not in done.stdout  # no progress bar in a file
+    assert "\r" not in done.stdout and "ended by --max-steps after 4 of " in done.stdout  # and no progress bar in a file
     settings = done.stdout[done.stdout.index("recipe ") : done.stdout.index("\nseed 1, ")]
-    assert "pooled_start True" in settings and max(map(len, settings.splitlines())) < 80
+    assert "pooled_start=True" in settings and max(map(len, settings.splitlines())) < 80
     (folder,) = (out / "runs").iterdir()
     assert folder.name.endswith(f"-default-{name}-seed1")
     assert sorted(os.listdir(folder)) == ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
@@ -57,10 +57,10 @@ def test_from_the_command_line_to_an_evaluated_checkpoint(tmp_path, source):
     content = torch.load(out / "best.pt", weights_only=True)
     assert content["test_accuracy"] == float(row["test_accuracy"]) and content["config"] == json.loads((folder / "config.json").read_text())
 
-    done = shell("evaluate.py", "--ckpt", out / "best.pt", "--data-dir", tmp_path / "data", "--tta", "flip")
+    done = shell("evaluate.py", "--ckpt", out / "best.pt", "--tta", "flip")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"accuracy {float(row['test_accuracy']):.2f} %, mean loss {float(row['test_loss']):.4f}" in done.stdout
-    assert "with test-time augmentation" in done.stdout and "weighted avg" in done.stdout
+    assert "with mirrored pictures averaged in" in done.stdout and "weighted avg" in done.stdout
     for picture in ("confusion.png", "misclassified.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -189,7 +189,7 @@ def test_a_run_on_held_out_pictures_never_sees_the_test_pictures(small, monkeypa
     monkeypatch.setattr(data, "load_shapes", lambda: blind)
     arguments = ["--data", "shapes", "--out", tmp_path, "--epochs", 1, "--batch-size", 100, "--val-split", 50, "--set", "max_lr=0.01"]
     status, out, err = invoke(train, arguments)
-    assert (status, err) == (0, "") and "shapes-val50: 250 train, 50 test" in out and "max_lr 0.01" in out
+    assert (status, err) == (0, "") and "shapes-val50: 250 train, 50 held-out" in out and "max_lr=0.01" in out
     folder = run_folder(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert (config["val_split"], config["set"], config["settings"]["max_lr"]) == (50, ["max_lr=0.01"], 0.01)
