@@ -325,8 +325,9 @@ def show(arguments, content, cam, runtime, normalize):
     captions = [[f"{names[k]} {c:.0f} %" for k, c in zip(*row)] for row in zip(classes.tolist(), confidence.tolist())]
     for name, caption in zip(titles, captions):
         print(f"{name}: {', '.join(f'{role} {text}' for role, text in zip(roles, caption))}")
-    note = ", the same map for every class" if cam.method == "attention" else ""
-    plots.save(plots.heat_maps(images, titles, maps, captions, roles, f"{title}: {cam.method} of {cam.layer}{note}"), folder / "gradcam.png")
+    same = ", the same for every class" if cam.method == "attention" else ""
+    title = f"{title}: {cam.method} of {cam.layer}{same}\nyellow is each map's hottest place"
+    plots.save(plots.heat_maps(images, titles, maps, captions, roles, title), folder / "gradcam.png")
     print(f"saved {folder / 'gradcam.png'}")
 
 

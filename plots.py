@@ -133,7 +133,7 @@ def heat_maps(images, titles, maps, captions, roles, title):
     across = 2 if M < 3 and n > 1 else 1
     down = -(-n // across)
     width = 7.5
-    made = figure(width, 0.45 + down * (width / (across * (1 + M)) + 0.3))
+    made = figure(width, 0.6 + down * (width / (across * (1 + M)) + 0.3))
     made.suptitle(literal(title), fontsize=10)
     for i, part in enumerate(made.subfigures(down, across, squeeze=False, wspace=0.06).flat):
         if i == n:

@@ -42,10 +42,10 @@ def headline():
     """The last epoch of the run to reproduce and of every recipe, and how long those took that had the machine to themselves."""
     theirs = int(read_csv(RESULTS / "original_log.csv")[-1]["test_correct_of_10000"]) / 100
     took = [sum(column(rows, "seconds")) for rows in histories("original").values()]
-    drawn = sum(column(read_csv(RESULTS / "shapes-default-bf16-seed1.csv"), "seconds"))
+    alone = sum(column(read_csv(PICTURES / "default-bf16-2threads.csv"), "seconds"))
     recipes = {
         "original": (f"{min(took):.0f} to {max(took):.0f} s", ""),
-        "default": (f"{drawn:.0f} s, on `shapes`", ", [what each part is worth](#recipes)"),
+        "default": (f"{alone:.0f} s", ", [what each part is worth](#recipes)"),
         "long": ("not measured", ""),
     }
     rows = [["the run to reproduce, 24 epochs, official files", f"{theirs:.2f} %", "", "[its log](results/original_log.csv)"]]
@@ -118,7 +118,7 @@ def speed():
     rows = []
     for row in read_csv(RESULTS / "bench_cpu.csv"):
         ratio = [f"{row[name]} ({row[name + '_range']})" for name in ("times_plain", "times_per_picture")]
-        rows.append([row["way"], row["ms_per_step"], row["pictures_per_second"], *ratio, row["first_step_ms"]])
+        rows.append([row["way"], row["ms_per_step"], f"{int(row['pictures_per_second']):,}", *ratio, row["first_step_ms"]])
     return markdown(["way", "ms a step", "pictures/s", "times as fast as eager fp32", "times as fast as per-picture", "first step, ms"], rows)
 
 
@@ -129,7 +129,7 @@ def resources():
         by_kernel.setdefault(f"{row['kernel']}, {row['dtype']}", {})[row["target"]] = row
     rows = []
     for kernel, on in by_kernel.items():
-        own, spilled = on["sm_90"], [on[target]["spilled_bytes"] for target in ("sm_80", "gfx942")]
+        own, spilled = on["sm_90"], [f"{int(on[target]['spilled_bytes']):,}" for target in ("sm_80", "gfx942")]
         numbers = [f"{int(own[name]):,}" for name in ("spilled_bytes", "shared_bytes", "matrix_instructions", "instructions")]
         rows.append([kernel, own["registers"], *numbers, *spilled])
     head = ["kernel", "registers", "spilled bytes", "shared memory, bytes", "matrix instructions", "instructions", "spilled bytes, sm_80", "spilled bytes, gfx942"]
