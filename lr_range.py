@@ -231,7 +231,7 @@ def main():
 
     history, ended = range_test(trainer, sweep, steps, arguments.diverge, look, after_rate)
     progress.clear()
-    print(f"{len(history)} of {len(sweep)} rates in {clock(time.perf_counter() - started)}" + (f", ended early: {ended}" if ended else ""))
+    print(f"{len(history)} of {len(sweep)} rates in {clock(time.perf_counter() - started)}" + (f"; ended early:\n  {ended}" if ended else ""))
     suggestions = suggest(history, arguments.mode)
     recommend(suggestions, arguments)
     if history:

@@ -167,7 +167,8 @@ def refuse_others(given, began, folder):
         if name == "out" and value:
             value = value.resolve()
         if name not in ("resume", "data_dir", "save_every") and value not in (None, "auto", began[name]):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {began[name] or 'none'}, and goes on with that")
+            had = "none" if began[name] is None else began[name]
+            raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {folder} has {had}, and goes on with that")
 
 
 class Run:
