@@ -465,8 +465,8 @@ def test_list_layers(ckpt, invoke):
         (["--out", __file__], 2, "--out"),
         (["--image", "missing.png"], 2, "--image missing.png: there is no such file"),
         (["--image", __file__], 1, "cannot be read as a picture"),
-        (["--image", "grey.png"], 1, "grey.png cannot be read as a picture (its mode is L, not RGB)"),
-        (["--image", "good.png", "clear.png"], 1, "clear.png cannot be read as a picture (its mode is RGBA, not RGB)"),
+        (["--image", "grey.png"], 1, "grey.png cannot be read as a picture (its mode is L, not RGB; convert it first)"),
+        (["--image", "good.png", "clear.png"], 1, "clear.png cannot be read as a picture (its mode is RGBA, not RGB; convert it first)"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(arguments, expected, told, ckpt, tmp_path, monkeypatch, invoke):

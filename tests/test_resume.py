@@ -25,6 +25,7 @@ import train
 from cli import RunError
 from files import read_csv
 from recipe import RECIPES, Recipe
+from schedule import OneCycle
 
 KILLS = int(os.environ.get("KILLS", 5))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
@@ -242,7 +243,7 @@ def test_other_pictures_under_the_same_name_are_refused(finished, monkeypatch, i
 def test_what_holds_no_state_is_refused(finished, tmp_path, invoke):
     for run, told in (
         (finished / "best.pt", "holds a network and not the state of its run"),
-        (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "nothing", "no run is kept there"),
         (tmp_path, "no run is kept there"),
         (finished / "history.csv", "is not a checkpoint"),
     ):
@@ -319,7 +320,7 @@ def test_a_gradient_whose_square_overflows_is_not_finite(small):
 
 
 def test_a_run_that_is_not_finite_keeps_its_last_good_state(tiny_shapes, tmp_path, monkeypatch, invoke):
-    monkeypatch.setattr(engine.OneCycle, "__call__", lambda self, step, call=engine.OneCycle.__call__: (math.inf if step == 4 else 0.001, call(self, step)[1]))
+    monkeypatch.setattr(OneCycle, "__call__", lambda self, step, call=OneCycle.__call__: (math.inf if step == 4 else 0.001, call(self, step)[1]))
     status, _, err = invoke(train, ["--data", "shapes", "--out", tmp_path, "--epochs", 3, "--batch-size", 8, "--save-every", 1])
     folder = run_folder(tmp_path)
     assert status == 1 and err.count("\n") == 1
