@@ -292,7 +292,7 @@ def report(arguments, content, model, runtime, normalize):
     generator = torch.Generator().manual_seed(arguments.seed)
     places = torch.randperm(len(dataset.test_images), generator=generator)[:count].to(runtime.device)
     masks = None if dataset.test_masks is None else dataset.test_masks[places]
-    print(f"{count:,} test pictures of {dataset.name}, layer {arguments.layer}, seed {arguments.seed}, {runtime.describe()}", flush=True)
+    print(f"{runtime.describe()}\n{count:,} test pictures of {dataset.name}, layer {arguments.layer}, seed {arguments.seed}", flush=True)
     progress = Progress("pictures", count)
     found = measure(model, runtime, arguments.layer, normalize(dataset.test_images[places]), masks, generator, progress.update)
     progress.clear()

@@ -139,7 +139,7 @@ def tenth_of_minimum(history, lowest):
     """A tenth of the rate at which the smoothed loss is lowest."""
     if lowest == len(history) - 1:
         return Suggestion(None, "the loss still falls at the last rate")
-    return Suggestion(history[lowest]["rate"] / 10, f"a tenth of {history[lowest]['rate']:.4g}, where the smoothed loss is lowest")
+    return Suggestion(history[lowest]["rate"] / 10, f"a tenth of {history[lowest]['rate']:.4g}, where the loss is lowest")
 
 
 def best_accuracy(history):
