@@ -10,9 +10,10 @@ of them alike. A step is everything: taking the pictures, augmentation, forward,
 
 What to expect on 8 GPUs and on 2 nodes is reasoned here and was not measured. A step talks once, within its graph: 74,348 fp32
 numbers, of which a ring of 8 or 16 GPUs sends each one's 0.5 MB, 2 us at 300 GB/s within a node, 11 us at 50 GB/s between
-nodes. Its 14 or 30 hops, some microseconds each, cost more, whatever the batch: tens of microseconds a step. So with 512
-pictures over all GPUs, too few to fill one, expect little of more of them; with 512 on each, nearly as many times the
-pictures a second, of batches that want a recipe of their own.
+nodes. Its 14 or 30 hops, some microseconds each, and five more kernels (scale, concatenate, reduce, copy back, count what is
+finite) cost more, whatever the batch: tens of microseconds a step. So with 512 pictures over all GPUs, too few to fill one,
+expect little of more of them; with 512 on each, nearly as many times the pictures a second, of batches that want a recipe of
+their own.
 """
 
 import datetime

@@ -9,8 +9,8 @@ One program is one picture, its 33 tokens padded to 64 rows: Triton's sizes are 
 is padding (three quarters of the scores), which still costs less than to split the CLS token off: that adds products
 and spills registers. A loop over heads with plain 2-D products keeps one head's scores in registers at a time; nothing
 between x and z goes to memory. The backward recomputes y, q, k, v and P, which costs less than to store and load them,
-and reads x and dz again where it needs them rather than keep them in registers. On sm_90 in bf16, registers let 4 programs
-be in flight on a multiprocessor forward, so a batch of 512 is one wave of 528, and 2 backward.
+and reads x and dz again where it needs them rather than keep them in registers. sm_90, bf16: 4 programs of 4 warps in
+flight on a multiprocessor forward (128 registers, 12 KB), so a batch of 512 is one wave of 528, and 2 backward (210, 32 KB).
 
 Weight gradients are sums over pictures: each program stores its own share, and one sum over programs ends it. There are
 no atomics, so a repeated run gives the same bits. The backward's form is that of FlashAttention (Dao et al. 2022,

@@ -81,6 +81,16 @@ def test_warp_agrees_with_torchvision_away_from_the_border(images):
     assert torch.allclose(got[..., 10:22, 10:22], theirs[..., 10:22, 10:22], rtol=0, atol=0.05)
 
 
+def test_flip_and_reflect_crop_agree_with_torchvision(images):
+    try:
+        from torchvision.transforms import functional
+    except Exception as error:
+        pytest.skip(f"torchvision does not import: {error}")
+    assert torch.equal(flip(images, torch.ones(6, dtype=torch.bool)), functional.hflip(images))
+    padded = functional.pad(images, [4, 4, 4, 4], padding_mode="reflect")
+    assert torch.equal(crop(images, torch.full((6, 2), 3), "reflect"), functional.crop(padded, 7, 7, 32, 32))
+
+
 @pytest.mark.parametrize("size", [1, 8, 32])
 def test_cutout_fills_one_square_of_the_chosen(images, size):
     corners = torch.tensor([[0, 0], [32 - size, 32 - size], [0, 32 - size], [3, 5], [7, 1], [2, 2]]).clamp(max=32 - size)

@@ -189,6 +189,13 @@ def test_too_few_rates(count):
     assert all(pick.rate is None and "too few" in pick.reason for pick in suggest(history_of([2.3 - x for x in GRID[:count]])).values())
 
 
+def test_suggest_does_not_touch_the_history():
+    history = history_of([bowl(x) for x in GRID])
+    before = [dict(row) for row in history]
+    suggest(history)
+    assert history == before
+
+
 # --- the script ---
 
 
