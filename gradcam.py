@@ -28,7 +28,7 @@ from vit import SoftmaxAttention
 
 LAYER = "stem.gelu2"
 TOKEN_LAYERS = ("stem.conv2", "stem.gelu2")  # whose channels are the tokens, so that attention speaks of them
-METHOD = "hirescam"  # the best insertion and deletion on CIFAR-10; README, "Where it looks"
+METHOD = "hirescam"  # the best insertion and deletion on the JPEG copy of CIFAR-10; README, "Where it looks"
 METRICS_BATCH = 250
 
 

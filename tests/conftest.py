@@ -30,9 +30,10 @@ import plots
 from augment import Augmentation
 from cli import run
 from engine import Runtime, Trainer
-from recipe import RECIPES
+from recipe import RECIPES, build_model
 
 ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run
 # A folder of real CIFAR-10 pictures, train/<class>/* and test/<class>/*; tests that need one skip where there is none.
 CIFAR_COPY = Path(os.environ.get("CIFAR10_FOLDER", ROOT / "data" / "cifar10-folder"))
 
@@ -41,6 +42,12 @@ CIFAR_COPY = Path(os.environ.get("CIFAR10_FOLDER", ROOT / "data" / "cifar10-fold
 def small():
     """300 training and 100 test pictures."""
     return data.load_shapes(train=300, test=100)
+
+
+@pytest.fixture
+def small_there(small):
+    """`small` on DEVICE."""
+    return dataclasses.replace(small, train_images=small.train_images.to(DEVICE), train_labels=small.train_labels.to(DEVICE))
 
 
 @pytest.fixture
@@ -87,6 +94,11 @@ def small_recipe(**changes):
 def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
     """A fresh Trainer on `device`, where the dataset's tensors are."""
     return Trainer(recipe, dataset, Runtime(device, **runtime), seed)
+
+
+def make_model(seed=1):
+    """PyTorch's start, with small embeddings: behind a pooled start, LayerNorm takes away what a whole map is raised by."""
+    return build_model(dataclasses.replace(RECIPES["original"], embedding_std=0.02), 10, seed, "cpu").eval()
 
 
 def run_folder(out):
