@@ -195,6 +195,8 @@ def test_a_run_on_held_out_pictures_never_sees_the_test_pictures(small, monkeypa
     assert (config["val_split"], config["set"], config["settings"]["max_lr"]) == (50, ["max_lr=0.01"], 0.01)
     status, out, err = invoke(train, ["--resume", folder])
     assert (status, err) == (0, "") and "is finished" in out and "shapes-val50" in out
+    status, out, _ = invoke(train, [*arguments, "--runs", 2, "--max-steps", 1])
+    assert status == 0 and "2 runs on shapes-val50, accuracy on the held-out pictures in %" in out
 
 
 def test_what_is_evaluated_and_kept_is_the_averaged_network(small_shapes, small, tmp_path, invoke):
