@@ -1,260 +1,349 @@
-"""How fast a training step is, measured in one run, and what the kernels take of a GPU.
+"""How long a training step takes, in every way that a user might run it.
 
-    python bench.py                          # on a GPU: kernels, steps and whole runs; else every way of training on the CPU
-    python bench.py --csv results/bench.csv
-    python bench.py --resources              # registers, shared memory and instructions of every kernel; no GPU needed
-    python bench.py --scaling                # the same step on one and on two ranks of this CPU
+    python bench.py --csv FILE            # a step of recipe default; a few minutes on a CPU
+    python bench.py --only attention      # on a GPU one of attention, step and run
+    python bench.py --scaling             # one and two ranks; --resources needs no GPU
 
-On a CPU each way runs in a process of its own, round after round in turn, so that what else the machine does falls on all
-of them alike. A step is everything: taking the pictures, augmentation, forward, loss, backward, optimizer.
+per-image: NumPy and Pillow augment one image at a time, in 2 workers of a DataLoader. eager: plain
+PyTorch, --kernels torch. sdpa: eager with F.scaled_dot_product_attention. compile: eager under
+torch.compile, on a GPU with max-autotune and CUDA graphs. compile+malloc: glibc keeps freed memory.
+auto: what train.py runs, on a GPU the Triton kernels.
 
-What to expect on 8 GPUs and on 2 nodes is reasoned here and was not measured. A step talks once, within its graph: 74,348 fp32
-numbers, of which a ring of 8 or 16 GPUs sends each one's 0.5 MB, 2 us at 300 GB/s within a node, 11 us at 50 GB/s between
-nodes. Its 14 or 30 hops, some microseconds each, and five more kernels (scale, concatenate, reduce, copy back, count what is
-finite) cost more, whatever the batch: tens of microseconds a step. So with 512 pictures over all GPUs, too few to fill one,
-expect little of more of them; with 512 on each, nearly as many times the pictures a second, of batches that want a recipe of
-their own.
+Each runs in a process of its own, in turn, round by round: other work on the machine falls on all
+alike, and one that fails costs no other. A step is all that train.py does in one; `attention` is
+the first half of a block, `run` a training with evaluations. Errors are relative to float64.
 """
 
-import datetime
+import copy
 import json
+import multiprocessing
 import os
 import platform
-import statistics
-import subprocess
-import sys
+import re
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
-import bench_gpu
 import data
-from bench_gpu import BATCH
-from cli import Parser, Progress, RunError, UsageError, add_data_arguments, output_file, positive_int, run
-from engine import Runtime, Trainer
-from files import markdown, write_csv
-from recipe import RECIPES
+from cli import (
+    Parser, ProgressBar, RunError, UsageError, add_data_arguments, first_line, markdown_table,
+    positive_int, run_script, writable_file, write_csv,
+)  # fmt: skip
+from runtime import Runtime, supports_bf16_matmul, tune_malloc, versions
+from schedule import RECIPES
+from trainer import Trainer, loss_and_accuracy, predict
+from vit import ViT
 
-WARM_UP = 3  # steps before the timed ones
-# Name -> (kernels, precision) of engine.Runtime. `torch` does nothing but call vit.py's modules.
-WAYS = {
-    "per-picture augmentation, DataLoader, 2 workers, eager fp32": ("torch", "fp32"),
-    "eager fp32": ("torch", "fp32"),
-    "eager bf16": ("torch", "bf16"),
-    "--kernels auto, fp32": ("auto", "fp32"),
-    "--kernels auto, bf16": ("auto", "bf16"),
+MODES = {
+    "cpu": ["per-image", "eager", "compile", "compile+malloc", "auto"],
+    "cuda": ["eager", "sdpa", "auto", "compile"],  # the last compiles for minutes
 }
-PER_PICTURE, PLAIN, *_, OURS = WAYS
+PARTS = {"cpu": ["step"], "cuda": ["attention", "step", "run"]}
+# Calls of a measurement, as the host runs ahead of a GPU; side of the matrices for the peak.
+BLOCK, SIDE = {"cpu": 1, "cuda": 20}, {"cpu": 1024, "cuda": 8192}
+WARM_UP, TIMEOUT, NAN = 3, 600, float("nan")  # measurements; seconds for a process
 
 
-class PerPicture(torch.utils.data.Dataset):
-    """The original recipe's augmentation as the original ran it: a picture at a time, in NumPy and Pillow, in workers."""
-
-    def __init__(self, images, labels, normalize):
-        self.images, self.labels = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()  # (N, 32, 32, 3)
-        self.mean, self.std = normalize.mean.view(3).numpy(), normalize.std.view(3).numpy()
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        random = np.random.default_rng()
-        image = np.roll(self.images[i], tuple(random.integers(-4, 5, 2)), axis=(0, 1))  # wrap, pad and crop
-        if random.random() < 0.45:
-            image = image[:, ::-1]
-        if random.random() < 0.5:
-            image = self.warp(image, random)
-        image = (image.astype(np.float32) - self.mean) / self.std
-        if random.random() < 0.65:
-            y, x = random.integers(0, 25, 2)
-            image[y : y + 8, x : x + 8] = 0
-        return torch.from_numpy(image.transpose(2, 0, 1).copy()), self.labels[i]
-
-    @staticmethod
-    def warp(image, random):
-        angle, scale = np.radians(random.uniform(-15, 15)), random.uniform(0.8, 1.2)
-        down, right = random.uniform(-0.07 * 32, 0.07 * 32, 2)
-        cos, sin, centre = np.cos(angle) / scale, np.sin(angle) / scale, 12 + 15.5
-        tiled = Image.fromarray(np.pad(image, ((12, 12), (12, 12), (0, 0)), mode="wrap"))
-        matrix = (cos, sin, centre - cos * (15.5 + right) - sin * (15.5 + down), -sin, cos, centre + sin * (15.5 + right) - cos * (15.5 + down))
-        return np.asarray(tiled.transform((32, 32), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+def augment_one_by_one(images, labels, recipe, indices):
+    """Crop, flip and affine as one transform an image: padded (N, 2 S, 2 S, 3) to (B, 3, S, S)."""
+    batch, S, random, pad = [], images.shape[1] // 2, np.random, recipe.crop_padding
+    limits = S * recipe.translate, S * recipe.translate, recipe.scale, np.radians(recipe.degrees)
+    for i in indices:
+        flip, affine = random.random(2) < (recipe.flip_p, recipe.affine_p)
+        down, right, zoom, angle = affine * random.uniform(-1, 1, 4) * limits
+        (y, x), sign = random.randint(-pad, pad + 1, 2), 1 - 2 * flip
+        cos, sin = np.cos(angle) / (1 + zoom), np.sin(angle) / (1 + zoom)
+        down, right = down + S / 2, right + S / 2
+        x, y = S + x - sign * (cos * right + sin * down), S + y + sin * right - cos * down
+        matrix, how = (sign * cos, sign * sin, x, -sin, cos, y), Image.Transform.AFFINE
+        image = Image.fromarray(images[i])
+        image = np.array(image.transform((S, S), how, matrix, Image.Resampling.BILINEAR))
+        batch.append(torch.from_numpy(image.transpose(2, 0, 1)))  # (S, S, 3) -> (3, S, S)
+    return torch.stack(batch), labels[indices]
 
 
-def time_way(name, steps):
-    """Milliseconds of the first step, of each timed one and of an all-reduce, this way, in this process, a rank or alone."""
-    kernels_name, precision = WAYS[name]
-    runtime = Runtime("cpu", precision, kernels_name, torchrun=True)
-    dataset = data.load_shapes(train=(WARM_UP + steps) * BATCH, test=10)
-    trainer = Trainer(RECIPES["original"], dataset, runtime, 1)
-    update = per_picture_updates(trainer) if name == PER_PICTURE else batched_updates(trainer)
-    talk = torch.zeros(sum(p.numel() for p in trainer.model.parameters()) + 2)
-    times = milliseconds(update)
-    return {"first": times[0], "steps": times[WARM_UP:], "all_reduce": statistics.median(milliseconds(runtime.ranks.add_up(talk) for _ in range(50)))}
+relative_error = lambda a, b: ((a.double() - b).norm() / b.norm()).item()  # b is float64
+sdpa = lambda *qkv: F.scaled_dot_product_attention(*(x[None] for x in qkv))[0]  # (B H, T, D)
 
 
-def milliseconds(work):
-    """How long each item of an iterable lets wait."""
-    times, started = [], time.perf_counter()
-    for _ in work:
-        times.append(1e3 * (time.perf_counter() - started))
+def make_trainer(mode, precision, recipe, dataset, device):
+    """(Trainer, function that trains it for one step), as `mode` says."""
+    is_cuda, loader, size = device.type == "cuda", [None], len(dataset.train_images)
+    if mode == "compile+malloc" and not tune_malloc():
+        raise RunError("only glibc can be told to keep freed memory")
+    images, labels = dataset.train_images, dataset.train_labels
+    if mode == "per-image":
+        padded = images.permute(0, 2, 3, 1).numpy()  # (N, S, S, 3)
+        pad, size = (images.shape[2] // 2,) * 2, recipe.batch_size
+        padded = np.pad(padded, ((0, 0), pad, pad, (0, 0)), recipe.padding_mode)
+        collate = partial(augment_one_by_one, padded, labels, recipe)
+        # Linux forks workers by default, but not in a spawned process.
+        fork = {"multiprocessing_context": "fork"} if platform.system() == "Linux" else {}
+        options = {"shuffle": True, "num_workers": 2, "collate_fn": collate, **fork}
+        loader = DataLoader(range(len(labels)), size, **options)
+        # The trainer has one batch, which those of the loader overwrite, and does the cutout.
+        recipe = replace(recipe, crop_padding=0, flip_p=0.0, affine_p=0.0)
+    images, labels = (tensor[:size].clone().to(device) for tensor in (images, labels))
+    dataset = replace(dataset, train_images=images, train_labels=labels)
+    kernels = ("triton" if is_cuda else "auto") if mode == "auto" else "torch"
+    runtime = Runtime(device.type, precision, kernels, distributed=True)
+    trainer = Trainer(recipe, dataset, runtime, seed=1)
+    for block in trainer.model.blocks if mode == "sdpa" else ():
+        block.attention.attend.forward = sdpa
+    if mode.startswith("compile"):
+        runtime.logits = torch.compile(runtime.logits, mode="max-autotune" if is_cuda else None)
+    return trainer, steps(trainer, loader).__next__
+
+
+def steps(trainer, loader):
+    """Train without end, a yield after each step."""
+    n, (lr, momentum) = trainer.steps_per_epoch, trainer.schedule(0)
+    trainer.begin_epoch(0, [lr] * n, [momentum] * n)
+    while True:
+        for batch in loader:
+            if batch is not None:
+                trainer.dataset.train_images.copy_(batch[0])
+                trainer.dataset.train_labels.copy_(batch[1])
+            for i in range(n):
+                trainer.step(i)
+                yield
+
+
+def call_times(function, count, device):
+    """Milliseconds of a call, in each of `count` measurements."""
+    times, size = [], BLOCK[device.type]
+    for _ in range(count):
         started = time.perf_counter()
+        for _ in range(size):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - started) / size)
     return times
 
 
-def batched_updates(trainer):
-    """One epoch of training steps, a yield after each."""
-    order = torch.randperm(trainer.count, generator=trainer.generator)
-    for i, indices in enumerate(order.split(BATCH)):
-        trainer.step(indices, 0, *trainer.schedule(i))
-        yield
+def training_flops(module, *shape):
+    """Floating point operations of an image, forward and backward: three forward passes."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.zeros(1, *shape, device=next(module.parameters()).device))
+    return 3 * counter.get_total_flops()
 
 
-def per_picture_updates(trainer):
-    """The same with a DataLoader in front."""
-    pictures = PerPicture(trainer.dataset.train_images, trainer.dataset.train_labels, trainer.normalize)
-    loader = torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, num_workers=2)
-    for images, labels in loader:
-        loss = F.cross_entropy(trainer.model(images), labels)
-        loss = loss + trainer.recipe.l1 * sum(p.abs().sum() for p in trainer.model.parameters())
-        trainer.optimizer.zero_grad()
-        loss.backward()
-        trainer.optimizer.step()
-        yield
+# Each time_* yields (part, images, operations an image, milliseconds, other cells of the row).
+def time_attention(mode, dtype, batch_size, device):
+    """vit.Attention in CUDA graphs, forward and forward with backward."""
+    import triton.testing  # Triton is not on every platform
+    from kernels.attention import FusedAttention
+
+    torch.manual_seed(0)
+    model = ViT().to(device)
+    module, (_, T, C) = model.blocks[0].attention, model.pos_embedding.shape
+    exact, flops = copy.deepcopy(module).double(), training_flops(module, T, C)
+    if mode == "auto":
+        function = lambda x: FusedAttention.apply(x, *module.parameters(), module.heads)
+    else:
+        function = module.to(dtype)
+        if mode == "sdpa":
+            module.attend.forward = sdpa
+        if mode == "compile":
+            function = torch.compile(module, mode="max-autotune-no-cudagraphs")
+    x = torch.randn(batch_size, T, C, device=device).to(dtype).requires_grad_()
+    dz, x64 = torch.randn_like(x), x.detach().double().requires_grad_()
+    forward = torch.no_grad()(lambda: function(x))
+
+    def backward(function=function, module=module, x=x, dz=dz):
+        z = function(x)
+        # No autograd graph may outlive the call, or its capture in a CUDA graph fails.
+        return z.detach(), *torch.autograd.grad(z, [x, *module.parameters()], dz)
+
+    error = max(map(relative_error, backward(), backward(exact, exact, x64, dz.double())))
+    for name, call, n in (("forward", forward, flops / 3), ("with backward", backward, flops)):
+        times = triton.testing.do_bench_cudagraph(call, return_mode="all")
+        yield f"attention {name}", batch_size, n, times, {"error": f"{error:.1e}"}
 
 
-def measure(commands, rounds, **environment):
-    """Name -> what `time_way` told of each round, in turn, each in a fresh process; `commands` are by name."""
-    results = {name: [] for name in commands}
-    progress = Progress("measuring", rounds * len(commands))
-    for i in range(rounds):
-        for j, (name, command) in enumerate(commands.items()):
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-            if done.returncode:
-                words = [line for line in done.stderr.splitlines() if line.strip("= ")]
-                raise RunError(f"{name}: {(words or ['it failed without a word'])[-1]}")
-            results[name].append(json.loads(done.stdout))
-            progress.update(i * len(commands) + j + 1, name)
+def time_step(trainer, step, count, device):
+    """Training steps; the error is that of logits."""
+    times, size = call_times(step, WARM_UP + count, device), trainer.recipe.batch_size
+    images = trainer.normalize(trainer.dataset.train_images[:size])
+    logits = trainer.runtime.logits(trainer.model, images).detach()
+    exact = copy.deepcopy(trainer.model).double()(images.double())
+    error, first_ms = relative_error(logits, exact), times[0] * BLOCK[device.type]
+    cells = {"error": f"{error:.1e}", "first_ms": f"{first_ms:.0f}"}
+    yield "step", size, training_flops(trainer.model, *images.shape[1:]), times[WARM_UP:], cells
+
+
+def time_run(trainer):
+    """A training, evaluated every epoch, after one epoch to warm up."""
+    dataset, epochs, times = trainer.dataset, trainer.recipe.epochs, []
+    initial = copy.deepcopy(trainer.state_dict())
+    for count in (1, epochs):
+        trainer.load_state_dict(initial)
+        started = time.perf_counter()
+        for _ in range(count):
+            trainer.train_epoch(trainer.steps_per_epoch)
+            args = trainer.averaged_model, trainer.normalize, dataset.test_images
+            _, accuracy = loss_and_accuracy(predict(trainer.runtime, *args), dataset.test_labels)
+        times.append(1e3 * (time.perf_counter() - started))
+    (first, ms), (count, *shape) = times, dataset.train_images.shape
+    cells = {"first_ms": f"{first:.0f}", "note": f"{accuracy:.2f} % on {dataset.name}"}
+    yield "run", epochs * count, training_flops(trainer.model, *shape), [ms], cells
+
+
+def time_variant(args, part, variant):
+    """(samples of a part, None or one line about what failed)."""
+    samples, recipe, device = [], RECIPES[args.recipe], torch.device(args.device)
+    mode, _, precision = variant.rpartition("-")
+    try:
+        dtype, n = Runtime(args.device, precision, "torch").dtype, SIDE[args.device]
+        a, b, out = torch.randn(3, n, n, device=device).to(dtype)
+        peak = 2e3 * n**3 / min(call_times(lambda: torch.mm(a, b, out=out), 10, device))
+        peak *= int(os.environ.get("WORLD_SIZE", 1))  # of all ranks, operations a second
+        make = partial(make_trainer, mode, precision, recipe, device=device)
+        if part == "attention":
+            found = time_attention(mode, dtype, recipe.batch_size, device)
+        elif part == "step":
+            dataset = data.load_shapes((WARM_UP + args.steps) * recipe.batch_size, 10)
+            found = time_step(*make(dataset), args.steps, device)
+        else:
+            found = time_run(make(data.load(args.data, args.data_dir, device))[0])
+        for name, images, flops, times, cells in found:
+            speed = 1e3 * images / median(times)
+            sample = {"ms": median(times), "images_per_second": speed, **cells}
+            samples.append({"part": name, "percent_of_peak": 100 * speed * flops / peak, **sample})
+    except Exception as error:  # what was measured before it is kept
+        return samples, first_line(error)
+    return samples, None
+
+
+def in_process(*args):
+    """time_variant(*args) in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(time_variant, *args).result(TIMEOUT)
+        except Exception as error:  # it was killed, or hangs
+            for process in multiprocessing.active_children():
+                process.kill()
+            return [], first_line(error)
+
+
+def in_ranks(count, *args):
+    """time_variant(*args) in `count` ranks, as measured by the first."""
+    options = {"run_id": "bench", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    return elastic_launch(LaunchConfig(1, 1, count, **options), time_variant)(*args)[0]
+
+
+def measure(calls, args, reference, machine):
+    """Rows of the table, also written to args.csv after every call.
+
+    `calls` maps (part, variant) to a function that does what time_variant does. Relative times are
+    over those of the variant `reference` in the same round.
+    """
+    samples, failures, rows = {}, {}, []
+    progress = ProgressBar("measuring", args.rounds * len(calls))
+    for i, (key, call) in enumerate(list(calls.items()) * args.rounds):
+        progress.update(i, " ".join(key))
+        if key not in failures:
+            found, failure = call()
+            for sample in found:
+                samples.setdefault((sample["part"], key[1]), []).append(sample)
+            if failure:
+                failures[key] = f"failed: {failure}"
+            rows = [make_row(*k, samples, failures, reference) for k in {**samples, **failures}]
+            if args.csv:
+                write_csv(args.csv, [row | machine for row in rows])
     progress.clear()
-    return results
-
-
-def median_steps(told):
-    """Of each round, the median step's milliseconds."""
-    return [statistics.median(each["steps"]) for each in told]
-
-
-def ratios(others, ours):
-    """Median and range, as text, of how many times as long the others took, round by round."""
-    times = [theirs / our for theirs, our in zip(others, ours)]
-    return f"{statistics.median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}"
-
-
-def report(results, machine):
-    """Rows of the table: each way's step, pictures a second and speed against the two old ways, pair by pair."""
-    rows = []
-    for name, told in results.items():
-        steps = median_steps(told)
-        row = {"way": name, "ms_per_step": f"{statistics.median(steps):.1f}", "pictures_per_second": f"{BATCH * 1e3 / statistics.median(steps):.0f}"}
-        for key, other in (("times_plain", PLAIN), ("times_per_picture", PER_PICTURE)):
-            row[key], row[key + "_range"] = ratios(median_steps(results[other]), steps)
-        row["first_step_ms"] = f"{statistics.median(each['first'] for each in told):.0f}"
-        rows.append({**row, **machine})
     return rows
 
 
-def table(rows, columns):
-    """Rows as text; a column is headed by its name in words."""
-    return markdown([column.replace("_", " ") for column in columns], [[row[column] for column in columns] for row in rows])
-
-
-def resources():
-    """Rows of what every kernel takes on every target, as they are compiled."""
-    try:
-        from kernels import functions, resources  # Triton is not on every platform
-    except ImportError as error:
-        raise RunError(f"--resources needs Triton ({error})") from None
-    if functions.INTERPRETED:
-        raise UsageError("--resources compiles the kernels; unset TRITON_INTERPRET")
-    return resources.rows(), resources.COLUMNS
-
-
-def cpu_name():
-    """The processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def machine(rounds, steps):
-    """Where and how often the CPU was measured, printed and returned."""
-    told = {
-        "cpu": cpu_name(), "cores": os.cpu_count(), "torch": str(torch.__version__),
-        "date": datetime.date.today().isoformat(), "rounds": rounds, "steps": steps,
+def make_row(part, variant, samples, failures, reference):
+    """A row of the table, nan where nothing was measured."""
+    found, others = samples.get((part, variant), ()), samples.get((part, reference), ())
+    ratios = [a["ms"] / b["ms"] for a, b in zip(found, others)] or [NAN]
+    number = lambda name: median([sample[name] for sample in found] or [NAN])
+    cells = dict.fromkeys(("error", "first_ms", "note"), "") | (found[0] if found else {})
+    return {
+        "part": part, "variant": variant, "ms": f"{number('ms'):.4g}",
+        "images_per_second": f"{number('images_per_second'):.0f}",
+        "relative_time": f"{median(ratios):.2f}",
+        "range": f"{min(ratios):.2f} to {max(ratios):.2f}",
+        "percent_of_peak": f"{number('percent_of_peak'):.1f}", "error": cells["error"],
+        "first_ms": cells["first_ms"], "note": failures.get((part, variant), cells["note"]),
     }  # fmt: skip
-    print(", ".join(f"{key} {value}" for key, value in told.items()))
-    return told
 
 
-def on_cpu(rounds, steps):
-    """Rows of every way of training on this machine's CPU."""
-    commands = {name: [sys.executable, __file__, "--way", name, "--steps", str(steps)] for name in WAYS}
-    columns = ("way", "ms_per_step", "pictures_per_second", "times_plain", "times_plain_range", "times_per_picture", "first_step_ms")
-    where = machine(rounds, steps)
-    return report(measure(commands, rounds), where), columns
-
-
-def scaling(rounds, steps):
-    """Rows of our way of training on one and on two ranks of this CPU, a thread each: 512 pictures a step, over all ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    commands = {ranks: [*torchrun, str(ranks), __file__, "--way", OURS, "--steps", str(steps)] for ranks in (1, 2)}
-    where = machine(rounds, steps)
-    results, rows = measure(commands, rounds, OMP_NUM_THREADS="1"), []
-    for ranks, told in results.items():
-        row = {"ranks": ranks, "ms_per_step": f"{statistics.median(median_steps(told)):.1f}"}
-        row["times_one_rank"], row["times_one_rank_range"] = ratios(median_steps(results[1]), median_steps(told))
-        row["all_reduce_ms"] = f"{statistics.median(each['all_reduce'] for each in told):.2f}" if ranks > 1 else ""
-        rows.append({**row, **where})
-    return rows, ("ranks", "ms_per_step", "times_one_rank", "times_one_rank_range", "all_reduce_ms")
+def measure_all(args):
+    """`measure` of every variant of the device, or of --scaling."""
+    cpuinfo, is_cuda = Path("/proc/cpuinfo"), args.device == "cuda"
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    name = f"{name[1] if name else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    machine = {"gpu": torch.cuda.get_device_name()} if is_cuda else {}
+    machine |= {"cpu": name, "cores": os.cpu_count(), **versions(), "recipe": args.recipe}
+    machine |= {"rounds": args.rounds, "steps": args.steps, "date": time.strftime("%Y-%m-%d")}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    has_bf16 = supports_bf16_matmul(torch.device(args.device))
+    precisions = ["fp32"] * (not is_cuda or not has_bf16) + ["bf16"] * has_bf16
+    if not has_bf16:
+        print("no rows in bf16, which this device does not multiply in hardware", flush=True)
+    auto = f"auto-{precisions[-1]}"
+    if args.scaling:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        calls = {("step", f"ranks-{n}"): partial(in_ranks, n, args, "step", auto) for n in (1, 2)}
+        return measure(calls, args, "ranks-1", {"each_rank": auto} | machine)
+    names = [f"{mode}-{p}" for mode in MODES[args.device] for p in precisions]
+    keys = [(part, name) for part in args.only for name in names]
+    return measure({key: partial(in_process, args, *key) for key in keys}, args, auto, machine)
 
 
 def main():
-    parser = Parser(description="Measure a training step of 512 pictures every way that this machine can take.")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="on a CPU: how often each way is measured, in turn")
-    parser.add_argument("--steps", type=positive_int, default=15, help="on a CPU: timed steps a round; the median counts")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there (default: nowhere)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--resources", action="store_true", help="instead, compile every kernel for three GPUs and tell what it takes of them")
-    instead.add_argument("--scaling", action="store_true", help="instead, measure our way on one and on two ranks of this CPU, a thread each")
-    instead.add_argument("--way", choices=list(WAYS), metavar="WAY", help="measure this one way of the table once, on the CPU in this process, and print JSON (default: all)")
+    parser = Parser(description="Measure a training step in every way that this machine can run.")
+    add, instead = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--recipe", default="default", choices=["default", "original"], help="what to train")
+    add("--only", action="append", choices=PARTS["cuda"], help="one part; may be repeated")
+    add("--rounds", type=positive_int, default=3, help="repetitions, in turn")
+    add("--steps", type=positive_int, default=15, help="steps in a round, on a GPU times 20")
+    add("--csv", type=Path, metavar="FILE", help="also write the table there")
     add_data_arguments(parser, default="shapes")
-    arguments = parser.parse_args()
-    if arguments.csv:
-        output_file(arguments.csv, "--csv")
-    if arguments.way:
-        return print(json.dumps(time_way(arguments.way, arguments.steps)))
-    if arguments.resources:
-        rows, columns = resources()
-    elif arguments.scaling:
-        rows, columns = scaling(arguments.rounds, arguments.steps)
-    elif torch.cuda.is_available():
-        device = torch.device("cuda")
-        rows, columns = bench_gpu.measure(data.load(arguments.data, arguments.data_dir, device), device), bench_gpu.COLUMNS
-        print(", ".join(f"{name} {value}" for name, value in rows[0].items() if name not in columns))
+    for flag, help in (
+        ("resources", "what kernels take of GPUs"),
+        ("scaling", "1 and 2 CPU ranks"),
+    ):
+        instead.add_argument(f"--{flag}", action="store_true", help=f"instead, {help}")
+    names = [f"{m}-{p}" for m in (*MODES["cpu"], "sdpa") for p in ("fp32", "bf16")]
+    help = f"instead, measure one in this process and print JSON: {', '.join(names)}"
+    instead.add_argument("--variant", choices=names, metavar="NAME", help=help)
+    args = parser.parse_args()
+    if args.csv:
+        writable_file(args.csv, "--csv")
+    args.device = "cuda" if torch.cuda.is_available() and not args.scaling else "cpu"
+    args.only = args.only or PARTS[args.device]
+    if args.variant:
+        return print(json.dumps([time_variant(args, part, args.variant) for part in args.only]))
+    if args.resources:
+        try:
+            from kernels import functions, resources
+        except ImportError as error:
+            raise RunError(f"--resources needs Triton ({error})") from None
+        if functions.INTERPRETED:
+            raise UsageError("--resources compiles the kernels; unset TRITON_INTERPRET")
+        rows = list(resources.rows())  # minutes
+        if args.csv:
+            write_csv(args.csv, rows)
     else:
-        print(table(bench_gpu.measure(None, torch.device("cpu")), ("what", "way", "us", "range", "error")))
-        print("\nNothing was measured on a GPU: this machine, or this build of torch, has none.\n")
-        rows, columns = on_cpu(arguments.rounds, arguments.steps)
-    rows = list(rows)
-    print(table(rows, columns))
-    if arguments.csv:
-        write_csv(arguments.csv, rows)
+        rows = measure_all(args)
+    print(markdown_table([k.replace("_", " ") for k in rows[0]], [row.values() for row in rows]))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,9 +1,9 @@
-"""Pictures and labels as tensors on the device, from CIFAR-10, CIFAR-100, a folder of pictures or drawn shapes.
+"""Datasets as tensors on the device: CIFAR-10, CIFAR-100, image folders, generated shapes.
 
-    python data.py                    # statistics of the data, and data.png: samples before and after augmentation
+    python data.py                    # statistics, and data.png: samples of the first epochs
     python data.py --data FOLDER --recipe original
 
-A whole data set is uint8 (N, 3, 32, 32), 184 MB for CIFAR-10, and stays where the model is: no loader, no workers.
+A whole dataset is uint8 (N, 3, 32, 32), 184 MB for CIFAR-10: there is no loader.
 """
 
 import os
@@ -12,41 +12,45 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-import cifar
-import pictures
 import plots
-import shapes
-from augment import Augmenter, Normalize
-from cli import Parser, RunError, UsageError, add_data_arguments, output_file, positive_int, run, seed_int
-from recipe import RECIPES
+import sources
+from augment import Normalize, augment, epoch_plan
+from cli import (
+    Parser, RunError, UsageError, add_data_arguments, positive_int, printable, run_script, seed_int,
+    sha256, writable_dir,
+)  # fmt: skip
+from schedule import RECIPES
 
-# As the run to reproduce normalised; to three digits what `statistics` finds.
-CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
-CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
-SHAPES_TRAIN, SHAPES_TEST, SHAPES_SEED = 50_000, 10_000, 0
-HOLD_OUT_SEED = 0
+# Of the run to reproduce; `channel_mean_std` gives the same to three digits.
+CIFAR10_MEAN, CIFAR10_STD = (
+    (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784),
+)  # fmt: skip
+SHAPES_SEED, SPLIT_SEED = 0, 0
 
-NOT_CIFAR = """
-{stars}
-*  WARNING: THIS IS NOT CIFAR-10.                                             *
-*  CIFAR-10 could not be had; the line above says why. Going on with          *
-*  `shapes`: pictures that this program draws. No figure of this run says     *
-*  anything about CIFAR-10. `--data cifar10` stops instead of going on.       *
-{stars}
-""".format(stars="*" * 79)
+FALLBACK_WARNING = """
+******************************************************************************
+*  WARNING: THIS IS NOT CIFAR-10, which could not be loaded; see above.      *
+*  Continuing with `shapes`, images that this program generates: no figure   *
+*  of this run says anything about CIFAR-10. `--data cifar10` stops instead. *
+******************************************************************************
+"""
+
+
+# --- datasets ---
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures uint8 (N, 3, 32, 32) and labels int64 (N,) on one device; `source` is what `load` takes to give it again.
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) on one device; load(spec) gives it again.
 
-    mean and std (of the training pictures, a number a channel) are on the scale [0, 1]. Masks, bool (N, 32, 32), say
-    which pixels are the object's; only `shapes` knows them.
+    mean and std of the training images are on the scale [0, 1], one value a channel. Masks, bool
+    (N, 32, 32), mark the pixels of the object; `shapes` alone has them.
     """
 
     name: str
-    source: str
+    spec: str
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
@@ -61,133 +65,142 @@ class Dataset:
     def num_classes(self):
         return len(self.class_names)
 
+    def fingerprint(self):
+        """sha256 of all images and labels."""
+        tensors = self.train_images, self.train_labels, self.test_images, self.test_labels
+        return sha256(tensors)
 
-def load(source, data_dir, device="cpu"):
-    """The Dataset of a source: cifar10, cifar100, shapes, auto, or the path of a folder of pictures.
 
-    Raises UsageError for a source that is none of these or a folder laid out otherwise, and RunError for data that
-    cannot be had or read.
+def load(spec, data_dir, device="cpu"):
+    """The Dataset of a spec: cifar10, cifar100, shapes, auto, or the path of an image folder.
+
+    Raises UsageError for another spec or folder layout, RunError for data that cannot be loaded.
     """
-    if source == "auto":
+    if spec == "auto":
         try:
-            dataset = load_cifar("cifar10", Path(data_dir))
+            return load("cifar10", data_dir, device)
         except RunError as error:
-            print(f"{error}\n{NOT_CIFAR}", file=sys.stderr, flush=True)
-            dataset = load_shapes()
-    elif source in cifar.ARCHIVES:
-        dataset = load_cifar(source, Path(data_dir))
-    elif source == "shapes":
+            print(f"{printable(error)}\n{FALLBACK_WARNING}", file=sys.stderr, flush=True)
+            spec = "shapes"
+    if spec == "shapes":
         dataset = load_shapes()
-    elif os.path.isdir(source):  # and not Path.is_dir, which raises an OSError for a name too long to be one
-        dataset = load_folder(Path(source), Path(data_dir))
+    elif spec in sources.ARCHIVES or os.path.isdir(spec):
+        is_archive = spec in sources.ARCHIVES
+        read = sources.load_cifar if is_archive else sources.load_image_folder
+        *tensors, class_names = read(spec if is_archive else Path(spec), Path(data_dir))
+        cifar10 = CIFAR10_MEAN, CIFAR10_STD
+        mean, std = cifar10 if spec == "cifar10" else channel_mean_std(tensors[0])
+        path = Path(spec).resolve()
+        name, spec = (spec, spec) if is_archive else (path.name, str(path))
+        dataset = Dataset(name, spec, *tensors, class_names, mean, std)
     else:
-        raise UsageError(f"--data {source}: neither a folder that exists nor one of auto, {', '.join(cifar.ARCHIVES)}, shapes")
-    moved = {name: value.to(device) for name, value in vars(dataset).items() if torch.is_tensor(value)}
-    return Dataset(**{**vars(dataset), **moved})
+        choices = ", ".join(("auto", *sources.ARCHIVES, "shapes"))
+        raise UsageError(f"--data {spec}: not a folder that exists, nor one of {choices}")
+    tensors = {k: v.to(device) for k, v in vars(dataset).items() if torch.is_tensor(v)}
+    return replace(dataset, **tensors)
 
 
-def hold_out(dataset, count):
-    """The Dataset whose test pictures are `count` of the training pictures, which are trained on no more: always the same ones.
-
-    Raises UsageError where that leaves nothing to train on.
-    """
-    total = len(dataset.train_images)
-    if count >= total:
-        raise UsageError(f"--val-split {count}: {dataset.name} has {total} training pictures, and some must be left to train on")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(HOLD_OUT_SEED)).to(dataset.train_images.device)
-    train, held = order[count:], order[:count]
-    split = {"name": f"{dataset.name}-val{count}"}
-    for kind in ("images", "labels", "masks"):
-        of_train = getattr(dataset, f"train_{kind}")
-        for part, chosen in (("train", train), ("test", held)):
-            split[f"{part}_{kind}"] = None if of_train is None else of_train[chosen]
-    return replace(dataset, **split)
-
-
-def load_for(content, source, data_dir, device):
-    """The Dataset that a checkpoint (its content) was trained on, or that of another `source` or `data_dir` where they are not None.
-
-    Raises UsageError where its classes are not the checkpoint's, and what `load` raises.
-    """
-    config, known = content["config"], content["class_names"]
-    dataset = load(source or config["data"], data_dir or config.get("data_dir", "./data"), device)
-    if list(dataset.class_names) != known:
-        raise UsageError(f"the checkpoint knows {len(known)} classes ({known[0]} ...), {dataset.name} has {dataset.num_classes} ({dataset.class_names[0]} ...)")
-    return dataset
-
-
-def statistics(images):
-    """Mean and standard deviation of each channel of uint8 (N, 3, S, S), on the scale [0, 1], as tuples of floats."""
-    # Sums of whole numbers are exact, so the figures depend neither on order nor on the number of threads.
-    total = squares = 0
-    for part in images.split(10_000):
-        part = part.transpose(0, 1).flatten(1).long()  # (n, 3, S, S) -> (3, nSS)
-        total, squares = total + part.sum(1), squares + (part * part).sum(1)
-    count = images.numel() / 3
-    mean = total.double() / count
-    std = (squares.double() / count - mean**2).sqrt()
-    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
-
-
-def load_cifar(name, data_dir):
-    train_images, *others = cifar.read(name, data_dir)
-    mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else statistics(train_images)
-    return Dataset(name, name, train_images, *others, mean, std)
-
-
-def load_folder(folder, data_dir):
-    images, labels, is_train, class_names = pictures.read_folder(folder, data_dir)
-    train, test = (images[is_train], labels[is_train]), (images[~is_train], labels[~is_train])
-    return Dataset(folder.resolve().name, str(folder.resolve()), *train, *test, class_names, *statistics(images[is_train]))
-
-
-def load_shapes(train=SHAPES_TRAIN, test=SHAPES_TEST):
-    images, labels, masks = shapes.draw(train + test, SHAPES_SEED)
-    mean, std = statistics(images[:train])
+def load_shapes(num_train=50_000, num_test=10_000):
+    images, labels, masks = sources.generate_shapes(num_train + num_test, SHAPES_SEED)
+    train, test = slice(num_train), slice(num_train, None)
+    mean, std = channel_mean_std(images[train])
     return Dataset(
-        "shapes", "shapes", images[:train], labels[:train], images[train:], labels[train:],
-        shapes.CLASS_NAMES, mean, std, masks[:train], masks[train:],
+        "shapes", "shapes", images[train], labels[train], images[test], labels[test],
+        sources.SHAPE_NAMES, mean, std, masks[train], masks[test],
     )  # fmt: skip
 
 
+def train_val_split(dataset, count):
+    """The Dataset whose test images are `count` training images, the same ones every time."""
+    total = len(dataset.train_images)
+    if count >= total:
+        raise UsageError(f"--val-split {count}: {dataset.name} has {total} training images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = order.to(dataset.train_images.device)
+    splits = {"name": f"{dataset.name}-val{count}"}
+    for kind in ("images", "labels", "masks"):
+        tensor = getattr(dataset, f"train_{kind}")
+        splits[f"train_{kind}"] = None if tensor is None else tensor[order[count:]]
+        splits[f"test_{kind}"] = None if tensor is None else tensor[order[:count]]
+    return replace(dataset, **splits)
+
+
+def load_for_checkpoint(ckpt, spec, data_dir, device):
+    """The Dataset of a checkpoint, or of `spec` if it is not None; warns if its images changed."""
+    known = ckpt["class_names"]
+    dataset = load(spec or ckpt["config"]["data"], data_dir, device)
+    if list(dataset.class_names) != known:
+        raise UsageError(
+            f"the checkpoint has {len(known)} classes ({known[0]} ...), {dataset.name} has "
+            f"{dataset.num_classes} ({dataset.class_names[0]} ...)"
+        )
+    if spec is None and dataset.fingerprint() != ckpt["config"].get("data_sha256"):
+        print("warning: these are not the images of the training run", file=sys.stderr)
+    return dataset
+
+
+def channel_mean_std(images):
+    """Mean and std of each channel of uint8 (N, 3, S, S) on the scale [0, 1], tuples of floats."""
+    # Integer sums are exact, so the result depends on neither order nor threads.
+    total = total_of_squares = 0
+    for chunk in images.split(10_000):
+        values = chunk.transpose(0, 1).flatten(1).long()  # (n, 3, S, S) -> (3, n S S)
+        total, total_of_squares = total + values.sum(1), total_of_squares + values.square().sum(1)
+    count = images.numel() / 3
+    mean = total.double() / count
+    std = (total_of_squares.double() / count - mean**2).sqrt()
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+def class_balanced_indices(labels, mask, count):
+    """Up to `count` indices where `mask` (N,; bool) is true, one of each label in turn."""
+    candidates = mask.nonzero()[:, 0]
+    one_hot = F.one_hot(labels[candidates], int(labels.max()) + 1)  # (n, K)
+    turn = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of a class
+    order = (turn * one_hot.shape[1] + labels[candidates]).argsort()
+    return candidates[order[:count]]
+
+
+# --- the script ---
+
+
 def describe(dataset):
-    """The data's statistics as text: pictures a class in train and test, mean and deviation of each channel."""
-    mean, std = statistics(dataset.train_images)
-    width = max(map(len, dataset.class_names))
-    lines = [f"{'class':<{width}} {'train':>7} {'test':>7}"]
-    train = dataset.train_labels.bincount(minlength=dataset.num_classes).tolist()
-    test = dataset.test_labels.bincount(minlength=dataset.num_classes).tolist()
-    lines += [f"{name:<{width}} {a:>7,} {b:>7,}" for name, a, b in zip(dataset.class_names, train, test)]
-    lines += [f"{'all':<{width}} {sum(train):>7,} {sum(test):>7,}", ""]
-    lines += [f"{name:<10} mean {m:.4f}  std {s:.4f}" for name, m, s in zip(("red", "green", "blue"), mean, std)]
+    """Images of each class in train and test, mean and std of each channel, as text."""
+    names = [printable(name) for name in dataset.class_names]
+    line = f"{{:<{max(map(len, names))}}} {{:>7}} {{:>7}}".format
+    splits = dataset.train_labels, dataset.test_labels
+    counts = [labels.bincount(minlength=dataset.num_classes).tolist() for labels in splits]
+    lines = [line("class", "train", "test"), *map(line, names, *counts)]
+    for channel, *stats in zip(("red", "green", "blue"), *channel_mean_std(dataset.train_images)):
+        lines.append("{:<6} mean {:.4f}, std {:.4f}".format(channel, *stats))
     return "\n".join(lines)
 
 
 def main():
-    parser = Parser(description="Print the data's statistics and save a picture of samples before and after augmentation.")
+    parser = Parser(description="Print statistics of a dataset and save a grid of samples.")
     add_data_arguments(parser)
-    parser.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="whose augmentation to show")
-    parser.add_argument("--n", type=positive_int, default=12, help="how many samples to show")
-    parser.add_argument("--seed", type=seed_int, default=1, help="of the samples and their augmentation")
-    parser.add_argument("--out", type=Path, default=Path("data.png"), metavar="FILE", help="where the picture goes")
-    arguments = parser.parse_args()
+    parser.add_argument("--recipe", default="default", choices=RECIPES, help="its augmentation")
+    parser.add_argument("--n", type=positive_int, default=12, help="number of samples")
+    parser.add_argument("--seed", type=seed_int, default=1, help="of the run whose epochs to show")
+    parser.add_argument("--out", type=Path, default=Path("."), help="directory of data.png")
+    args = parser.parse_args()
 
-    output_file(arguments.out)
-    dataset = load(arguments.data, arguments.data_dir)
-    print(f"data set: {dataset.name}\n\n{describe(dataset)}")
-    generator = torch.Generator().manual_seed(arguments.seed)
-    count = len(dataset.train_images)
-    chosen = torch.randperm(count, generator=generator)[: arguments.n]
-    normalize = Normalize(dataset.mean, dataset.std, "cpu")
-    recipe = RECIPES[arguments.recipe]
-    augment = Augmenter(recipe.augmentation, normalize, count, generator, recipe.epochs)
-    rows = [dataset.train_images[chosen]]
-    rows += [normalize.invert(augment(dataset.train_images[chosen], chosen, epoch)) for epoch in range(5)]
-    names = [dataset.class_names[label] for label in dataset.train_labels[chosen].tolist()]
-    sides = ["as it is"] + [f"epoch {epoch + 1}" for epoch in range(5)]
-    plots.save(plots.sample_rows(rows, names, sides, f"{dataset.name}, recipe {arguments.recipe}"), arguments.out)
-    print(f"\nsaved {arguments.out}")
+    writable_dir(args.out)
+    dataset, recipe = load(args.data, args.data_dir), RECIPES[args.recipe]
+    print(f"dataset {printable(dataset.name)}\n\n{describe(dataset)}")
+    images, normalize = dataset.train_images, Normalize(dataset.mean, dataset.std, "cpu")
+    plans = [epoch_plan(recipe, len(images), 32, args.seed, epoch, "cpu") for epoch in range(5)]
+    shown = plans[0].indices[: args.n]  # the first images of the first epoch
+    grid = [images[shown]]
+    for plan in plans:
+        rows = plan.at(plan.indices.argsort()[shown])
+        grid.append(normalize.invert(augment(images[shown], rows, recipe, normalize)))
+    names = [dataset.class_names[label] for label in dataset.train_labels[shown].tolist()]
+    row_labels = ["original"] + [f"epoch {epoch + 1}" for epoch in range(5)]
+    figure = plots.sample_grid(grid, names, row_labels, f"{dataset.name}, recipe {args.recipe}")
+    plots.save_figure(figure, args.out / "data.png")
+    print(f"\nsaved {args.out / 'data.png'}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

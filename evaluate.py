@@ -1,116 +1,111 @@
-"""Evaluate a checkpoint: accuracy, mean loss, confusion matrix, classification report and misclassified pictures.
+"""Evaluate a checkpoint: accuracy, loss, confusion matrix, report and misclassified images.
 
-    python evaluate.py --ckpt best.pt                   # on the data that it was trained for
-    python evaluate.py --ckpt best.pt --tta flip        # and, apart, with each picture's mirror image averaged in
+    python evaluate.py --ckpt best.pt                   # on the dataset of its training run
+    python evaluate.py --ckpt best.pt --tta flip        # also with the mirror image averaged in
 
-Class names, normalisation and data set come from the checkpoint; pictures go beside it or to --out.
+Writes confusion.png and misclassified.png beside the checkpoint, or to --out.
 """
 
 from pathlib import Path
 
 import torch
 
-import checkpoint
-import data
 import plots
 from augment import Normalize
-from cli import Parser, add_data_arguments, add_device_arguments, output_folder, positive_int, run
-from engine import Runtime, balanced_choice, predict, score
+from cli import (
+    Parser, add_data_arguments, add_device_arguments, positive_int, printable, run_script,
+    writable_dir,
+)  # fmt: skip
+from data import class_balanced_indices, load_for_checkpoint
+from runtime import Runtime
+from trainer import load_checkpoint, loss_and_accuracy, predict
 
 
 def confusion_matrix(labels, predictions, num_classes):
-    """How often class i was taken for class j: int64 (num_classes, num_classes), rows actual, columns predicted.
-
-    `labels` and `predictions` are integer tensors (N,). Raises ValueError for a class outside [0, num_classes).
-    """
-    if labels.shape != predictions.shape or labels.dim() != 1:
-        raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} must both be (N,)")
-    for name, values in (("label", labels), ("prediction", predictions)):
-        if len(values) and not 0 <= values.min() <= values.max() < num_classes:
-            raise ValueError(f"a {name} lies outside the {num_classes} classes 0 to {num_classes - 1}")
-    return torch.bincount(labels.long() * num_classes + predictions.long(), minlength=num_classes**2).view(num_classes, num_classes)
+    """Counts, int64 (K, K), of actual (rows) and predicted (columns) classes, int64 (N,) each."""
+    K = num_classes
+    return torch.bincount(labels * K + predictions, minlength=K * K).view(K, K)
 
 
 def classification_report(matrix, class_names):
-    """Precision, recall, f1-score and support of each class and their averages, in scikit-learn's layout, as text.
-
-    `matrix` is a confusion matrix (K, K), rows actual. A quotient of nothing by nothing counts as 0, as there.
-    """
-
-    def quotient(part, whole):
-        return torch.where(whole > 0, part / whole.clamp(min=1), 0.0)
-
+    """Precision, recall, F1 (0 / 0 is 0) and support, in scikit-learn's layout, as text."""
     matrix = matrix.double()
-    hits, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    precision, recall = quotient(hits, predicted), quotient(hits, support)
-    f1 = quotient(2 * hits, support + predicted)  # 2 P R / (P + R), in the form that divides once
+    correct, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    ratios = [correct / predicted, correct / support, 2 * correct / (support + predicted)]
+    scores = torch.stack(ratios, dim=1).nan_to_num(0)  # (K, 3)
     total = support.sum()
     width = max(len("weighted avg"), *map(len, class_names))
-    row = f"{{:>{width}}} {{:>10}} {{:>9}} {{:>9}} {{:>9}}".format
-
-    def line(name, values, count):
-        return row(name, *(f"{value:.2f}" for value in values), int(count))
-
-    scores = torch.stack([precision, recall, f1], dim=1)  # (K, 3)
-    lines = [row("", "precision", "recall", "f1-score", "support"), ""]
-    lines += [line(name, values, count) for name, values, count in zip(class_names, scores.tolist(), support.tolist())]
-    lines += [
+    line = f"{{:>{width}}} {{:>10}} {{:>9}} {{:>9}} {{:>9}}".format
+    score_line = lambda name, values, count: line(name, *(f"{x:.2f}" for x in values), int(count))
+    lines = [
+        line("", "precision", "recall", "f1-score", "support"),
         "",
-        row("accuracy", "", "", f"{quotient(hits.sum(), total).item():.2f}", int(total)),
-        line("macro avg", scores.mean(0).tolist(), total),
-        line("weighted avg", quotient((scores * support[:, None]).sum(0), total.expand(3)).tolist(), total),
+        *map(score_line, class_names, scores.tolist(), support.tolist()),
+        "",
+        line("accuracy", "", "", f"{correct.sum() / total:.2f}", int(total)),
+        score_line("macro avg", scores.mean(0).tolist(), total),
+        score_line("weighted avg", (support @ scores / total).tolist(), total),
     ]
     return "\n".join(lines)
 
 
 def matrix_text(matrix, class_names):
-    """A confusion matrix as text, rows actual and columns predicted, columns headed by the row's number."""
-    width = max(map(len, class_names))
-    cell = max(len(str(int(matrix.max()))), len(str(len(class_names) - 1))) + 1
-    lines = [f"{'':>{width}}     " + "".join(f"{j:>{cell}}" for j in range(len(class_names)))]
-    lines += [f"{name:>{width}} {i:>3} " + "".join(f"{count:>{cell}}" for count in row) for i, (name, row) in enumerate(zip(class_names, matrix.tolist()))]
+    """A confusion matrix as text; columns are headed by the number of the row."""
+    K, width = len(class_names), max(map(len, class_names))
+    cell = max(len(str(int(matrix.max()))), len(str(K - 1))) + 1
+    lines = [" " * (width + 5) + "".join(f"{j:>{cell}}" for j in range(K))]
+    for i, (name, row) in enumerate(zip(class_names, matrix.tolist())):
+        lines.append(f"{name:>{width}} {i:>3} " + "".join(f"{count:>{cell}}" for count in row))
     return "\n".join(lines)
 
 
-def main():
-    parser = Parser(description="Evaluate a checkpoint on test pictures.")
-    parser.add_argument("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a checkpoint that train.py wrote")
-    parser.add_argument("--tta", default="none", choices=["none", "flip"], help="also report test-time augmentation, as a figure of its own")
+def parse_args():
+    parser = Parser(description="Evaluate a checkpoint on test images.")
+    add = parser.add_argument
+    add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
+    add("--tta", default="none", choices=["none", "flip"], help="also with the mirror image")
+    add("--n", type=positive_int, default=20, help="misclassified images to show")
     add_data_arguments(parser, default=None)
     add_device_arguments(parser)
-    parser.add_argument("--n", type=positive_int, default=20, help="how many misclassified pictures to show")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (default: the checkpoint's folder)")
-    arguments = parser.parse_args()
+    add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
+    return parser.parse_args()
 
-    runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
-    model, content = checkpoint.load(arguments.ckpt, runtime.device)
-    folder = output_folder(arguments.out or arguments.ckpt.parent)
-    dataset = data.load_for(content, arguments.data, arguments.data_dir, runtime.device)
-    class_names, K = content["class_names"], len(content["class_names"])
-    normalize = Normalize(content["mean"], content["std"], runtime.device)
-    logits = predict(runtime, model, normalize, dataset.test_images)
-    labels = dataset.test_labels
-    loss, accuracy = score(logits, labels)
+
+def main():
+    args = parse_args()
+    runtime = Runtime(args.device, args.precision, args.kernels)
+    model, ckpt = load_checkpoint(args.ckpt, runtime.device)
+    out = writable_dir(args.out or args.ckpt.parent)
+    print(f"{runtime.describe()}\nloading images", flush=True)
+    dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
+    images, labels = dataset.test_images, dataset.test_labels
+    names = [printable(name) for name in ckpt["class_names"]]
+    title = f"{args.ckpt.name} (epoch {ckpt['epoch']}, recipe {ckpt['config'].get('recipe')})"
+    title = printable(f"{title} on {dataset.name}")
+    print(f"{title}, {len(labels):,} test images", flush=True)
+    normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)
+    logits = predict(runtime, model, normalize, images)
+    accuracy = "accuracy {1:.2f} %, cross entropy {0:.4f} nats".format
+    print("\n" + accuracy(*loss_and_accuracy(logits, labels)))
+    if args.tta == "flip":
+        flipped = predict(runtime, model, normalize, images, tta=True)
+        print(f"with mirror images averaged in: {accuracy(*loss_and_accuracy(flipped, labels))}")
     confidence, predictions = logits.softmax(1).max(1)
-    matrix = confusion_matrix(labels, predictions, K).cpu()
-    title = f"{arguments.ckpt.name} (epoch {content['epoch']}, recipe {content['config'].get('recipe')}) on {dataset.name}"
-    print(f"{runtime.describe()}\n{title}, {len(labels):,} test pictures")
-    print(f"\naccuracy {accuracy:.2f} %, mean loss {loss:.4f}")
-    if arguments.tta == "flip":
-        flipped = score(predict(runtime, model, normalize, dataset.test_images, tta=True), labels)
-        print(f"with mirrored pictures averaged in: accuracy {flipped[1]:.2f} %, mean loss {flipped[0]:.4f}")
-    print(f"\nconfusion matrix, rows actual, columns predicted\n{matrix_text(matrix, class_names)}")
-    print(f"\n{classification_report(matrix, class_names)}\n")
+    matrix = confusion_matrix(labels, predictions, len(names)).cpu()
+    print(f"\nconfusion matrix, rows actual, columns predicted\n{matrix_text(matrix, names)}")
+    print(f"\n{classification_report(matrix, names)}\n")
 
-    shown = balanced_choice(labels, predictions != labels, arguments.n)
-    captions = [f"{class_names[labels[i]]}\nas {class_names[predictions[i]]} {100 * confidence[i]:.0f} %" for i in shown.tolist()]
-    pictures = {"confusion.png": plots.confusion(matrix, class_names, title)}
-    if captions:
-        pictures["misclassified.png"] = plots.misclassified(dataset.test_images[shown], captions, f"misclassified: actual, and predicted with confidence\n{title}")
-    for name, made in pictures.items():
-        plots.save(made, folder / name)
-        print(f"saved {folder / name}")
+    figures = {"confusion.png": plots.confusion_matrix(matrix, names, title)}
+    shown = class_balanced_indices(labels, predictions != labels, args.n)
+    if len(shown):
+        columns = zip(labels[shown], predictions[shown], 100 * confidence[shown])
+        captions = [f"{names[i]}\n{percent:.0f} % {names[j]}" for i, j, percent in columns]
+        head = f"misclassified: actual class, and predicted class with probability\n{title}"
+        figures["misclassified.png"] = plots.image_grid(images[shown], captions, head)
+    for name, figure in figures.items():
+        plots.save_figure(figure, out / name)
+        print(f"saved {out / name}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

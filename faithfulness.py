@@ -1,83 +1,90 @@
-"""How far to believe a heat map: measures that know nothing of how it was made.
+"""Measures of how far a saliency map can be believed, whatever method made it.
 
-Insertion and deletion are Petsiuk et al. 2018, arXiv:1806.07421; the pointing game is Zhang et al. 2016, arXiv:1608.00507.
+Insertion and deletion: Petsiuk et al. 2018, arXiv:1806.07421. Pointing game: Zhang et al. 2016,
+arXiv:1608.00507. Energy-based pointing game: Wang et al. 2020, arXiv:1910.01279.
 """
 
 import torch
 
-from files import markdown
+from cli import markdown_table
 
 STEPS = 32  # of insertion and deletion: 32 pixels a step
-BLUR = 4.0  # pixels, the deviation of the Gaussian where insertion starts
-MEASURES = {"insertion": "insertion AUC ↑", "deletion": "deletion AUC ↓", "pointing": "pointing game ↑", "inside": "heat inside the object ↑"}
+BLUR_STD = 4.0  # pixels, of the Gaussian blur that insertion starts from
+MEASURES = {
+    "insertion": "insertion AUC (high is good)",
+    "deletion": "deletion AUC (low is good)",
+    "pointing": "pointing game (high is good)",
+    "inside": "energy inside the object (high is good)",
+}
 
 
-def measure(heat, images, masks, score, generator):
-    """{measure: (B,)} of maps (B, S, S) of normalised pictures (B, 3, S, S); of masks (B, S, S; bool) or None.
+def evaluate(saliency, images, masks, score, generator):
+    """{measure: (B,)} of maps (B, S, S) of normalized images (B, 3, S, S).
 
-    `score` gives pictures' probability (B,) of the class that the maps are of: its mean is taken while pixels are put
-    into the blurred picture, or replaced by the data's mean (0), hottest first. Masks say where the object is.
+    `score` maps such images to the probability (B,) of the class that the maps explain. Insertion
+    and deletion are its mean while pixels are put into the blurred image, or replaced by the mean
+    of the data (0), in the order of saliency. `masks`, bool (B, S, S) or None, mark the object.
     """
-    blur = gaussian(images.shape[-1], BLUR).to(images.device)
-    measured = {
-        "insertion": area(replace_in_order(score, blur @ images @ blur.T, images, heat, generator)),
-        "deletion": area(replace_in_order(score, images, torch.zeros_like(images), heat, generator)),
-    }
-    return measured if masks is None else {**measured, "pointing": pointing(heat, masks), "inside": heat_inside(heat, masks)}
+    index = torch.arange(images.shape[-1], device=images.device)
+    blur = (-((index[:, None] - index) ** 2) / (2 * BLUR_STD**2)).softmax(1)  # rows of sum 1
+    blurred, mean = blur @ images @ blur.T, torch.zeros_like(images)
+    results = {}
+    for name, start, end in (("insertion", blurred, images), ("deletion", images, mean)):
+        results[name] = auc(perturbation_curve(score, start, end, saliency, generator))
+    if masks is not None:
+        results["pointing"] = pointing_game(saliency, masks)
+        results["inside"] = energy_pointing_game(saliency, masks)
+    return results
 
 
-def replace_in_order(score, start, end, heat, generator):
-    """`score` while the pixels of `start` are replaced by those of `end`, hottest first: (B, STEPS + 1).
+def perturbation_curve(score, start, end, saliency, generator):
+    """`score` while pixels of `start` are replaced by those of `end`: (B, STEPS + 1).
 
-    start and end are (B, 3, S, S), heat is (B, S, S); `score` takes such pictures and gives (B,). Equally hot pixels
-    come in random order.
+    start and end are (B, 3, S, S). The most salient pixels are first; ties are in random order.
     """
-    B, S, _ = heat.shape
-    shuffled = torch.rand(B, S * S, generator=generator).argsort(1).to(heat.device)
-    order = shuffled.gather(1, heat.flatten(1).gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(S * S, device=heat.device).expand(B, -1)).view(B, 1, S, S)
-    return torch.stack([score(torch.where(rank < S * S * step // STEPS, end, start)) for step in range(STEPS + 1)], dim=1)
+    B, S, _ = saliency.shape
+    shuffle = torch.rand(B, S * S, generator=generator).argsort(1).to(saliency.device)
+    ranking = saliency.flatten(1).gather(1, shuffle).argsort(dim=1, descending=True, stable=True)
+    order = shuffle.gather(1, ranking)  # (B, S S), pixels by descending saliency
+    rank = order.argsort(1).view(B, 1, S, S)  # the inverse permutation
+    cuts = [S * S * step // STEPS for step in range(STEPS + 1)]
+    return torch.stack([score(torch.where(rank < cut, end, start)) for cut in cuts], dim=1)
 
 
-def area(curves):
-    """Area under curves (B, n) over [0, 1], by trapezoids: (B,)."""
+def auc(curves):
+    """Area under curves (B, n) over [0, 1] by the trapezoidal rule: (B,)."""
     return (curves[:, 1:] + curves[:, :-1]).mean(1) / 2
 
 
-def pointing(heat, masks):
-    """Whether the hottest pixel of each map (B, S, S) lies in the object's mask (B, S, S; bool); of equals, the share that does.
+def pointing_game(saliency, masks):
+    """Whether the maximum of each map lies in its mask, (B,); of several maxima, the fraction.
 
-    Without the tolerance of the paper's pointing game. A map of zeros points everywhere.
+    The tolerance of the paper is left out. A map of zeros points everywhere.
     """
-    hottest = heat == heat.amax((1, 2), keepdim=True)
-    return (hottest & masks).sum((1, 2)) / hottest.sum((1, 2))
+    maxima = saliency == saliency.amax((1, 2), keepdim=True)
+    return (maxima & masks).sum((1, 2)) / maxima.sum((1, 2))
 
 
-def heat_inside(heat, masks):
-    """Share of each map's heat that lies in the mask, (B,); a map of zeros is everywhere equally warm."""
-    heat = torch.where(heat.amax((1, 2), keepdim=True) > 0, heat, 1)
-    return (heat * masks).sum((1, 2)) / heat.sum((1, 2))
+def energy_pointing_game(saliency, masks):
+    """Fraction of the sum of each map that lies in its mask, (B,); a map of zeros is uniform."""
+    saliency = torch.where(saliency.amax((1, 2), keepdim=True) > 0, saliency, 1)
+    return (saliency * masks).sum((1, 2)) / saliency.sum((1, 2))
 
 
-def gaussian(size, deviation):
-    """A bell around the diagonal, float32 (size, size), rows of sum 1."""
-    place = torch.arange(size)
-    return (-((place[:, None] - place) ** 2) / (2 * deviation**2)).softmax(1)  # divides by the row's sum
-
-
-def summarise(found, **about):
-    """A row for each map that `measure` found: `about`, then every measure's mean and standard error."""
-    rows = []
-    for name, values in found.items():
-        row = {**about, "map": name}
-        for measure, value in values.items():
-            row |= {measure: value.double().mean().item(), f"{measure}_se": value.double().std().item() / len(value) ** 0.5}
-        rows.append(row)
+def summarize(results, **metadata):
+    """A dict for each map of {map: {measure: (N,)}}: metadata, then means and standard errors."""
+    rows = [{**metadata, "map": name} for name in results]
+    for row, measures in zip(rows, results.values()):
+        for name, values in measures.items():
+            row[name] = values.double().mean().item()
+            row[f"{name}_se"] = values.double().std().item() / len(values) ** 0.5
     return rows
 
 
 def table(rows):
-    """Rows of `summarise` as text, mean ± standard error."""
-    measures = [name for name in MEASURES if name in rows[0]]
-    cells = [[row["map"], *(f"{row[name]:.3f} ± {row[name + '_se']:.3f}" for name in measures)] for row in rows]
-    return markdown(["map", *(MEASURES[name] for name in measures)], cells)
+    """Rows of `summarize` as a Markdown table, mean +- standard error."""
+    names = [name for name in MEASURES if name in rows[0]]
+    lines = [
+        [row["map"], *(f"{row[k]:.3f} +- {row[f'{k}_se']:.3f}" for k in names)] for row in rows
+    ]
+    return markdown_table(["map", *(MEASURES[name] for name in names)], lines)

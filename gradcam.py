@@ -1,58 +1,63 @@
-"""Where the network looks: heat maps of what a class owes to each place of a picture.
+"""Saliency maps: where the network looks for evidence of a class.
 
-    python gradcam.py --ckpt best.pt --n 10             # ten misclassified test pictures: gradcam.png
-    python gradcam.py --ckpt best.pt --image cat.jpg    # pictures of yours: the three likeliest classes
-    python gradcam.py --ckpt best.pt --metrics          # every method, judged: gradcam_metrics.csv
+    python gradcam.py --ckpt best.pt --n 10             # ten misclassified test images: gradcam.png
+    python gradcam.py --ckpt best.pt --image cat.jpg    # your images: the three most likely classes
+    python gradcam.py --ckpt best.pt --metrics          # all methods judged: gradcam_metrics.csv
 
-Tokens of this network are channels, so nothing behind the stem has rows and columns; the maps are read off the stem,
-by default off its second GELU: 32 channels of 16x16. They, and the predictions beside them, come from vit.py's plain
-network in float32, whatever --kernels and --precision say; those two speed up the many predictions of --metrics.
+Tokens are channels, so nothing behind the stem has rows and columns: maps are computed at the stem,
+by default from its second GELU, 32 channels of 16x16. Maps and the probabilities beside them are in
+float32; --kernels and --precision are for the many predictions of --metrics.
 """
 
+import itertools
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import data
 import faithfulness
 import plots
 from augment import Normalize
-from cifar import SIDE
-from cli import Parser, Progress, UsageError, add_data_arguments, add_device_arguments, output_folder, positive_int, run, seed_int
-from engine import Runtime, balanced_choice, predict
-from files import write_csv
-from pictures import decode_one
-from vit import SoftmaxAttention
+from cli import (
+    Parser, ProgressBar, UsageError, add_data_arguments, add_device_arguments, atomic_write,
+    positive_int, printable, run_script, seed_int, writable_dir, write_csv,
+)  # fmt: skip
+from data import class_balanced_indices, load_for_checkpoint
+from runtime import Runtime
+from sources import IMAGE_SIZE, load_image
+from trainer import load_checkpoint, predict
+from vit import ScaledDotProductAttention
 
 LAYER = "stem.gelu2"
-TOKEN_LAYERS = ("stem.conv2", "stem.gelu2")  # whose channels are the tokens, so that attention speaks of them
-METHOD = "hirescam"  # the best insertion and deletion on the JPEG copy of CIFAR-10; README, "Where it looks"
-METRICS_BATCH = 250
+TOKEN_LAYERS = ("stem.conv2", "stem.gelu2")  # their channels are the tokens that attention weights
+METHOD = "hirescam"  # best insertion and deletion on the JPEG copy of CIFAR-10; docs/gradcam.md
+BATCH_SIZE = 250
 
 
-# --- one map from a layer's activations (B, C, h, w) and a class's gradients, of the same shape: (B, h, w) ---
+# --- methods: activations (B, C, h, w) and gradients of the same shape -> maps (B, h, w) ---
 
 
 def gradcam(activations, gradients):
-    """Selvaraju et al. 2017, arXiv:1610.02391: each channel weighted with its mean gradient."""
+    """Each channel times its mean gradient. Selvaraju et al. 2017, arXiv:1610.02391."""
     return (gradients.mean((2, 3), keepdim=True) * activations).sum(1)
 
 
 def hirescam(activations, gradients):
-    """Draelos & Carin 2020, arXiv:2011.08891: each place with its own gradient, as suits a head that reads positions."""
+    """Each position times its own gradient. Draelos & Carin 2020, arXiv:2011.08891."""
     return (gradients * activations).sum(1)
 
 
 def gradcam_plus_plus(activations, gradients):
-    """Chattopadhay et al. 2018, arXiv:1710.11063, equation 19, for exp(logit): each channel weighted with its positive gradients.
+    """Each channel times a sum of positive gradients. Chattopadhay et al. 2018, arXiv:1710.11063.
 
-    Their weight of a gradient g > 0, g^2 / (2 g^2 + sum(A) g^3), times g, is g / (2 + sum(A) g). Their activations A are
-    never negative; what GELU lets below zero counts as zero in the divisor, which could vanish otherwise.
+    Equation 19 for exp(logit), where g^2 / (2 g^2 + sum(A) g^3) times a gradient g > 0 is
+    g / (2 + sum(A) g). Negative activations A, which the paper has not, count as 0 in the divisor.
     """
     positive, total = gradients.relu(), activations.relu().sum((2, 3), keepdim=True)
-    return ((positive / (2 + total * positive)).sum((2, 3), keepdim=True) * activations).sum(1)
+    weights = (positive / (2 + total * positive)).sum((2, 3), keepdim=True)
+    return (weights * activations).sum(1)
 
 
 GRADIENT_METHODS = {"gradcam": gradcam, "hirescam": hirescam, "gradcam++": gradcam_plus_plus}
@@ -60,295 +65,267 @@ METHODS = (*GRADIENT_METHODS, "attention")
 
 
 def rollout(attentions):
-    """How much of each token reaches the CLS token: a list of (B, T, T), first block first, -> (B, T - 1).
+    """Attention rollout: how much of each token reaches the CLS token, (B, T - 1).
 
-    Abnar & Zuidema 2020, arXiv:2005.00928: half of a token passes by in the residual connection. Rows of attention sum
-    to 1 and rows of the identity too, so their mean needs no renormalising.
+    `attentions` has (B, T, T) for each block, or (B, 1, T) for a last one that computes the CLS
+    token alone. Residual connections are half of the flow. Abnar & Zuidema 2020, arXiv:2005.00928.
     """
-    flow = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
+    flow = identity = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     for weights in attentions:
-        flow = (weights + torch.eye(weights.shape[-1], device=weights.device)) / 2 @ flow
+        flow = (weights + identity[: weights.shape[1]]) / 2 @ flow  # rows still sum to 1
     return flow[:, 0, 1:]
 
 
-def to_unit(maps, size):
-    """Maps (B, h, w), interpolated to `size` and stretched to [0, 1], each for itself; a constant one becomes zeros."""
-    maps = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]  # (B, h, w) -> (B, S, S)
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    varies = high - low > 1e-5 * torch.maximum(high.abs(), low.abs())  # interpolation rounds a constant, too
+def normalize_map(maps):
+    """Maps (..., S, S) stretched to [0, 1], each by itself; a constant one becomes 0."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    varies = high - low > 1e-5 * torch.maximum(high.abs(), low.abs())  # more than rounding
     return torch.where(varies, (maps - low) / torch.where(varies, high - low, 1), 0)
 
 
 class GradCAM:
-    """Heat maps of a model's classes, read off one layer by its dotted name.
+    """Saliency maps of a model's classes from the output of one layer.
 
-        with GradCAM(model, "stem.gelu2") as cam:
+        with GradCAM(model.eval(), "stem.gelu2", method="hirescam") as cam:
             maps = cam(images, targets)
 
-    In the block the model is in evaluation mode and has hooks; after it, however it ended, the hooks are gone and every
-    module is in the mode it was in. A call without a block makes one for itself. No parameter's `grad` or `requires_grad`
-    is touched, and neither needs to be on. Raises ValueError for a method or layer that there is not.
+    `layer` is the dotted name of any module that outputs (B, C, h, w). The hooks of the block are
+    removed however it ends; gradients and requires_grad of parameters are neither used nor changed.
+    Raises ValueError for a layer without a grid, or with other channels than attention's tokens.
     """
 
     def __init__(self, model, layer=LAYER, method=METHOD):
-        self.model, self.layer, self.method, self.handles = model, layer, method, []
-        self.readers = [module for module in model.modules() if isinstance(module, SoftmaxAttention)]
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-        if layer not in dict(model.named_modules()):
-            raise ValueError(f"the network has no layer {layer!r}; --list-layers names them all")
-        if method == "attention" and not (self.readers and layer in TOKEN_LAYERS):
-            raise ValueError(f"attention speaks of tokens, which are the channels of {' and '.join(TOKEN_LAYERS)}; {layer!r} has others")
+        self.model, self.layer, self.method = model, layer, method
+        if method == "attention" and layer not in TOKEN_LAYERS:
+            raise ValueError(f"attention is for {' and '.join(TOKEN_LAYERS)}, not for {layer!r}")
 
     def __enter__(self):
-        if self.handles:
-            raise RuntimeError("this GradCAM is in a with block already")
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        self.handles = [self.model.get_submodule(self.layer).register_forward_hook(self.keep)]
+        hooks = [(self.model.get_submodule(self.layer), self.save_activation)]
         if self.method == "attention":
-            self.handles += [module.register_forward_hook(self.keep_attention) for module in self.readers]
+            attends = (m for m in self.model.modules() if isinstance(m, ScaledDotProductAttention))
+            hooks += [(module, self.save_attention) for module in attends]
+        self.handles = [module.register_forward_hook(hook) for module, hook in hooks]
         return self
 
     def __exit__(self, *_):
         for handle in self.handles:
             handle.remove()
-        self.handles = []
-        for module, training in self.modes:
-            module.training = training
 
-    def keep(self, module, inputs, output):
-        """Put a leaf in the place of the layer's output: gradients reach it, and go no further back."""
+    def save_activation(self, module, args, output):
+        """Replace the output by a leaf, where gradients stop."""
+        if not is_spatial(output.shape[1:]):
+            raise ValueError(f"layer {self.layer!r} outputs {tuple(output.shape)}: no grid")
         self.activations = output.detach().requires_grad_()
-        return self.activations
+        return self.activations.clone()  # the next layer may work in place
 
-    def keep_attention(self, module, inputs, output):
-        self.attentions.append(module.weigh(inputs[0].detach())[0].mean(1))  # over heads: (B, T, T)
+    def save_attention(self, module, args, output):
+        q, k, _ = args  # (B H, T or 1, D), (B H, T, D)
+        weights = module.attention_weights(q.detach(), k.detach())
+        self.attentions.append(weights.unflatten(0, (-1, module.heads)).mean(1))  # (B, T or 1, T)
 
-    def __call__(self, images, targets=None):
-        """Maps (B, S, S) in [0, 1] of float pictures (B, 3, S, S), for classes `targets` (B,) or those predicted.
+    def __call__(self, images, targets=None, normalize=True):
+        """Maps (B, S, S) of normalized images (B, 3, S, S) for classes `targets`, int64 (B,).
 
-        The logits (B, K) of the same pass are left in `self.logits`. Attention knows no class: its maps are the same for
-        all. Raises ValueError for a layer without a grid and for classes that there are not.
+        `targets` default to the predicted classes; attention is the same for all. Maps are in
+        [0, 1], or with normalize=False at least 0, on the scale of the method.
         """
-        if not self.handles:
-            with self:
-                return self(images, targets)
-        self.activations, self.attentions = None, []
-        with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
-            logits = self.model(images.clone())  # clones, as tensors made in inference mode have no gradients
-            if self.activations is None or not has_grid(self.activations.shape[1:]):
-                check_layer(self.layer, layer_shapes(self.model, images[:1]))
-            self.logits = logits.detach()
-            targets = self.logits.argmax(1) if targets is None else torch.as_tensor(targets, device=logits.device).clone()
-            if targets.shape != logits.shape[:1] or not ((0 <= targets) & (targets < logits.shape[1])).all():
-                raise ValueError(f"targets must be {len(logits)} classes from 0 to {logits.shape[1] - 1}, one a picture")
+        self.attentions = []
+        with torch.enable_grad():
+            logits = self.model(images)
+            targets = logits.argmax(1) if targets is None else targets
             activations = self.activations.detach()
             if self.method == "attention":
                 maps = (rollout(self.attentions)[:, :, None, None] * activations).sum(1)
             else:
-                wanted = logits.gather(1, targets[:, None]).sum()  # pictures do not mix, so each has its own gradient
-                (gradients,) = torch.autograd.grad(wanted, self.activations)
+                # Images do not mix, so each has its own gradient in that of the sum.
+                total = logits.gather(1, targets[:, None]).sum()
+                (gradients,) = torch.autograd.grad(total, self.activations)
                 maps = GRADIENT_METHODS[self.method](activations, gradients)
-        return to_unit(maps.relu(), images.shape[2:])
+        maps = F.interpolate(maps.relu()[:, None], images.shape[2:], mode="bilinear")[:, 0]
+        return normalize_map(maps) if normalize else maps
 
 
-# --- which layers have a grid ---
-
-
-def layer_shapes(model, images):
-    """{dotted name: output shape, batch left out} of every module that `images` pass through, innermost first."""
-    shapes = {}
-
-    def keep(name):
-        return lambda module, inputs, output: shapes.update({name: tuple(output.shape[1:])})
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
-
-
-def has_grid(shape):
-    """Whether an output of this shape, batch left out, has rows and columns."""
+def is_spatial(shape):
+    """Whether an output of this shape, batch left out, has a grid of rows and columns."""
     return len(shape) == 3 and min(shape[1:]) > 1
 
 
-def check_layer(layer, shapes):
-    """Raise ValueError, saying why and which layers would do, where no map can be read off `layer`."""
-    fit = ", ".join(name for name, shape in shapes.items() if has_grid(shape))
-    if layer not in shapes:
-        raise ValueError(f"the network has no layer {layer!r} that pictures pass through; maps can be read off {fit}")
-    if not has_grid(shapes[layer]):
-        raise ValueError(f"layer {layer!r} gives {shapes[layer]} a picture: no rows and columns, as tokens are channels; maps can be read off {fit}")
+@torch.no_grad()
+def layer_shapes(model, images):
+    """{dotted name: output shape, batch left out} of every module that `images` pass through."""
+    shapes = {}
+    with ExitStack() as stack:
+        for name, module in list(model.named_modules())[1:]:
+            hook = lambda _, args, output, name=name: shapes.update({name: tuple(output.shape[1:])})
+            stack.enter_context(module.register_forward_hook(hook))
+        model(images)
+    return shapes
 
 
-# --- every method's maps, beside those that know nothing ---
-
-
-def rivals(images, grid, generator):
-    """What a map must beat, by name: maps (B, S, S) of pictures (B, 3, S, S) that know nothing of the network."""
+def baselines(images, grid, generator):
+    """{name: maps (B, S, S)} for images (B, 3, S, S); `grid` is the layer's (h, w)."""
     B, _, S, _ = images.shape
-    bell = (-(((torch.arange(S, device=images.device) - (S - 1) / 2) / (S / 4)) ** 2) / 2).exp()
-    kernel = torch.tensor([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]], device=images.device)
-    kernels = torch.stack([kernel, kernel.T])[:, None]  # Sobel's, (2, 1, 3, 3)
-    slopes = F.conv2d(F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 3, S, S) -> (B, 2, S, S)
+    index = torch.arange(S, device=images.device) - (S - 1) / 2
+    bell = (-((index / (S / 4)) ** 2) / 2).exp()
+    sobel = torch.tensor([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]]).to(images)
+    gray = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    slopes = F.conv2d(gray, torch.stack([sobel, sobel.T])[:, None])  # (B, 2, S, S)
+    cells = torch.rand(B, 1, *grid, generator=generator).to(images.device)
     return {
         "random pixels": torch.rand(B, S, S, generator=generator).to(images.device),
-        "random grid": to_unit(torch.rand(B, *grid, generator=generator).to(images.device), (S, S)),
-        "centre": to_unit((bell[:, None] * bell).expand(B, S, S), (S, S)),
-        "edges": to_unit(slopes.norm(dim=1), (S, S)),
+        "random grid": normalize_map(F.interpolate(cells, (S, S), mode="bilinear")[:, 0]),
+        "center": normalize_map((bell[:, None] * bell).expand(B, S, S)),
+        "edges": normalize_map(slopes.norm(dim=1)),
     }
 
 
 @torch.no_grad()
-def measure(model, runtime, layer, images, masks, generator, after_batch=lambda done: None):
-    """{map: {measure: (N,)}} of each method's maps and its rivals', for the predicted classes of normalised images (N, 3, S, S).
+def evaluate_maps(model, runtime, layer, images, masks, generator):
+    """{map: {measure: (N,)}} of all methods and baselines for the predicted classes.
 
-    Measures and masks (N, S, S; bool, or None) are those of faithfulness.py.
+    images are normalized (N, 3, S, S), masks bool (N, S, S) or None; `runtime` predicts.
     """
-    found = {}
-    grid = layer_shapes(model, images[:1])[layer][1:]
-    methods = METHODS if layer in TOKEN_LAYERS else GRADIENT_METHODS
-    for start in range(0, len(images), METRICS_BATCH):
-        batch = images[start : start + METRICS_BATCH]
-        inside = None if masks is None else masks[start : start + METRICS_BATCH]
-        targets = model(batch).argmax(1)
-        maps = rivals(batch, grid, generator)
-        maps |= {method: GradCAM(model, layer, method)(batch, targets) for method in methods}
+    batches = images.split(BATCH_SIZE)
+    targets = torch.cat([model(batch).argmax(1) for batch in batches])
+    maps = baselines(images, layer_shapes(model, batches[0])[layer][1:], generator)
+    for method in METHODS if layer in TOKEN_LAYERS else GRADIENT_METHODS:
+        with GradCAM(model, layer, method) as cam:
+            pairs = zip(batches, targets.split(BATCH_SIZE))
+            maps[method] = torch.cat([cam(*pair) for pair in pairs])
+    bar = ProgressBar("measuring", len(maps) * 2 * (faithfulness.STEPS + 1))
+    done = itertools.count(1)
 
-        def score(pictures):
-            return runtime.logits(model, pictures).softmax(1).gather(1, targets[:, None])[:, 0]
+    def score(perturbed):
+        logits = torch.cat([runtime.logits(model, part) for part in perturbed.split(BATCH_SIZE)])
+        bar.update(next(done))
+        return logits.softmax(1).gather(1, targets[:, None])[:, 0]
 
-        for name, heat in maps.items():
-            for key, value in faithfulness.measure(heat, batch, inside, score, generator).items():
-                found.setdefault(name, {}).setdefault(key, []).append(value)
-        after_batch(start + len(batch))
-    return {name: {key: torch.cat(parts) for key, parts in values.items()} for name, values in found.items()}
-
-
-# --- the script ---
+    evaluate = lambda saliency: faithfulness.evaluate(saliency, images, masks, score, generator)
+    results = {name: evaluate(saliency) for name, saliency in maps.items()}
+    bar.clear()
+    return results
 
 
-def parse():
-    parser = Parser(description="Show where the network looks: heat maps over test pictures that it gets wrong, or over pictures of yours.")
-    parser.add_argument("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a checkpoint that train.py wrote")
-    parser.add_argument("--method", default=METHOD, choices=METHODS, help="how a layer's maps are weighted; attention knows no class")
-    parser.add_argument("--layer", default=LAYER, metavar="NAME", help="the layer whose maps are weighted, by its dotted name")
-    parser.add_argument("--list-layers", action="store_true", help="print every layer's output shape and which have a grid, and end")
-    parser.add_argument("--n", type=positive_int, default=10, help="how many test pictures to show, in turn from every actual class")
-    parser.add_argument("--correct", action="store_true", help="show correctly classified ones, with the map of the second likeliest class too")
-    parser.add_argument("--class", dest="class_name", metavar="NAME", help="show pictures of this actual class (default: of all)")
-    parser.add_argument("--image", nargs="+", type=Path, metavar="FILE", help="show these RGB pictures and their three likeliest classes (default: test pictures)")
-    parser.add_argument("--metrics", nargs="?", type=positive_int, const=1000, metavar="N", help="instead, measure all methods on N test pictures (default: N is 1000)")
-    parser.add_argument("--seed", type=seed_int, default=1, help="of the choice of test pictures, and of the random maps of --metrics")
+def parse_args():
+    parser = Parser(description="Show where the network looks, in test images or in yours.")
+    add = parser.add_argument
+    add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
+    add("--method", default=METHOD, choices=METHODS, help="attention is the same for all classes")
+    add("--layer", default=LAYER, metavar="NAME", help="dotted name of the layer to explain")
+    add("--list-layers", action="store_true", help="print layers and whether they have a grid")
+    add("--n", type=positive_int, default=10, help="test images to show, of each class in turn")
+    add("--correct", action="store_true", help="show correctly classified test images")
+    add("--class", dest="class_name", metavar="CLASS", help="show test images of this class")
+    add("--image", nargs="+", type=Path, metavar="FILE", help="show these instead of test images")
+    add("--target", metavar="CLASS", help="explain this class, not those predicted or actual")
+    add("--save-maps", type=Path, metavar="FILE", help="also save the maps, unscaled, as .npy")
+    add("--metrics", nargs="?", type=positive_int, const=1000, metavar="N",
+        help="instead, measure all methods on N test images (default: 1000)")  # fmt: skip
+    add("--seed", type=seed_int, default=1, help="of the choice of test images and random maps")
     add_data_arguments(parser, default=None)
     add_device_arguments(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where gradcam.png or gradcam_metrics.csv goes (default: the checkpoint's folder)")
-    arguments = parser.parse_args()
-    if arguments.image and (arguments.correct or arguments.class_name or arguments.metrics):
-        parser.error("--image is about pictures of yours; --correct, --class and --metrics are about test pictures")
-    if arguments.metrics and (arguments.correct or arguments.class_name):
-        parser.error("--metrics is about test pictures of all kinds; --correct and --class choose which to show")
-    for path in arguments.image or ():
-        if not path.is_file():
-            parser.error(f"--image {path}: there is no such file")
-    return arguments
+    add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
+    args = parser.parse_args()
+    of_tests = args.correct or args.class_name
+    shown = args.image or of_tests or args.target or args.save_maps
+    if (args.image and of_tests) or (args.metrics and shown):
+        parser.error("--metrics shows no images, --image no test images (--correct, --class)")
+    return args
 
 
 def main():
-    arguments = parse()
-    plain = Runtime(arguments.device, "fp32", "torch")  # what GradCAM runs, so that maps and predictions are of one network
-    model, content = checkpoint.load(arguments.ckpt, plain.device)
-    shapes = layer_shapes(model, torch.zeros(1, 3, SIDE, SIDE, device=plain.device))
-    if arguments.list_layers:
+    args = parse_args()
+    choices = (args.precision, args.kernels) if args.metrics else ("fp32", "torch")  # as the maps
+    runtime = Runtime(args.device, *choices)
+    model, ckpt = load_checkpoint(args.ckpt, runtime.device)
+    shapes = layer_shapes(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE).to(runtime.device))
+    layers = [name for name, shape in shapes.items() if is_spatial(shape)]
+    if args.list_layers:
         for name, shape in shapes.items():
-            print(f"{name:<36} {str(shape):<14}", "has a grid, can be used" if has_grid(shape) else "no grid")
+            print(f"{name:<28} {shape!s:<14} {'has a grid' if name in layers else 'no grid'}")
         return
-    try:
-        check_layer(arguments.layer, shapes)
-        cam = GradCAM(model, arguments.layer, arguments.method)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if arguments.class_name and arguments.class_name not in content["class_names"]:
-        raise UsageError(f"--class {arguments.class_name}: the checkpoint's classes are {', '.join(content['class_names'])}")
-    normalize = Normalize(content["mean"], content["std"], plain.device)
-    if arguments.metrics:
-        report(arguments, content, model, Runtime(arguments.device, arguments.precision, arguments.kernels), normalize)
+    layers = TOKEN_LAYERS if args.method == "attention" else layers
+    if args.layer not in layers:
+        raise UsageError(f"--layer {args.layer}: {args.method} explains {', '.join(layers)}")
+    for flag, name in (("--class", args.class_name), ("--target", args.target)):
+        if name is not None and name not in ckpt["class_names"]:
+            raise UsageError(f"{flag} {name}: the classes are {', '.join(ckpt['class_names'])}")
+    print(f"{runtime.describe()}\nloading images", flush=True)
+    normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)
+    run = run_metrics if args.metrics else run_overlays
+    run(args, ckpt, model, runtime, normalize)
+
+
+def run_metrics(args, ckpt, model, runtime, normalize):
+    """Measure all methods: gradcam_metrics.csv, and a table on stdout."""
+    dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
+    N, total, name = args.metrics, len(dataset.test_images), printable(dataset.name)
+    if not 2 <= N <= total:
+        raise UsageError(f"--metrics {N}: it takes 2 to {total:,} test images of {name}")
+    path = writable_dir(args.out or args.ckpt.parent) / "gradcam_metrics.csv"
+    generator = torch.Generator().manual_seed(args.seed)
+    indices = torch.randperm(total, generator=generator)[:N].to(runtime.device)
+    images = normalize(dataset.test_images[indices])
+    masks = None if dataset.test_masks is None else dataset.test_masks[indices]
+    print(f"{N:,} test images of {name}, {args.layer}", flush=True)
+    results = evaluate_maps(model, runtime, args.layer, images, masks, generator)
+    rows = faithfulness.summarize(results, dataset=name, n=N, layer=args.layer)
+    write_csv(path, rows)
+    print(f"\n{faithfulness.table(rows)}\n\nmean +- standard error\nsaved {path}")
+
+
+def select_test_images(args, ckpt, model, runtime, normalize):
+    """Images in random order, one of each actual class in turn: title, images, labels, logits."""
+    dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
+    logits, labels = predict(runtime, model, normalize, dataset.test_images), dataset.test_labels
+    kind = f"{'correctly classified' if args.correct else 'misclassified'} test images"
+    mask = (logits.argmax(1) == labels) == args.correct
+    if args.class_name is not None:
+        mask &= labels == ckpt["class_names"].index(args.class_name)
+    if args.n > mask.sum():
+        raise UsageError(f"--n {args.n}: {dataset.name} has {mask.sum()} {kind}")
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    indices = order[class_balanced_indices(labels[order], mask[order], args.n)]
+    title, images = f"{dataset.name}, {kind}", dataset.test_images[indices]
+    return title, images, labels[indices], logits[indices]
+
+
+def run_overlays(args, ckpt, model, runtime, normalize):
+    """Draw maps over images: gradcam.png, and a line for each image."""
+    names = [printable(name) for name in ckpt["class_names"]]
+    if args.image:
+        title, titles = "images", [printable(path.name) for path in args.image]
+        images = torch.stack([load_image(path) for path in args.image]).to(runtime.device)
+        logits = predict(runtime, model, normalize, images)
+        targets, target_names = logits.topk(min(3, len(names))).indices, ["1st", "2nd", "3rd"]
     else:
-        show(arguments, content, cam, plain, normalize)
-
-
-def report(arguments, content, model, runtime, normalize):
-    """Measure every method: gradcam_metrics.csv, and a table to read."""
-    dataset, count = data.load_for(content, arguments.data, arguments.data_dir, runtime.device), arguments.metrics
-    if not 2 <= count <= len(dataset.test_images):
-        raise UsageError(f"--metrics {count}: a mean and its error take 2 to {len(dataset.test_images):,} test pictures of {dataset.name}")
-    folder = output_folder(arguments.out or arguments.ckpt.parent)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    places = torch.randperm(len(dataset.test_images), generator=generator)[:count].to(runtime.device)
-    masks = None if dataset.test_masks is None else dataset.test_masks[places]
-    print(f"{runtime.describe()}\n{count:,} test pictures of {dataset.name}, layer {arguments.layer}, seed {arguments.seed}", flush=True)
-    progress = Progress("pictures", count)
-    found = measure(model, runtime, arguments.layer, normalize(dataset.test_images[places]), masks, generator, progress.update)
-    progress.clear()
-    rows = faithfulness.summarise(found, dataset=dataset.name, n=count, layer=arguments.layer)
-    write_csv(folder / "gradcam_metrics.csv", rows)
-    print(f"\n{faithfulness.table(rows)}\n\nmean ± standard error\nsaved {folder / 'gradcam_metrics.csv'}")
-
-
-def show(arguments, content, cam, runtime, normalize):
-    """Explain pictures, from files or of the test set: gradcam.png, and a line for each."""
-    names, K = content["class_names"], len(content["class_names"])
-    if arguments.image:
-        images = torch.stack([torch.from_numpy(decode_one(path, convert=False).copy()) for path in arguments.image]).to(runtime.device)
-        folder = output_folder(arguments.out or arguments.ckpt.parent)
-        logits = predict(runtime, cam.model, normalize, images)
-        classes = logits.topk(min(3, K)).indices  # (n, 3)
-        titles, roles, title = [path.name for path in arguments.image], ["likeliest", "second", "third"], "pictures"
-    else:
-        dataset = data.load_for(content, arguments.data, arguments.data_dir, runtime.device)
-        logits = predict(runtime, cam.model, normalize, dataset.test_images)
-        places = choose(arguments, names, dataset, logits)
-        folder = output_folder(arguments.out or arguments.ckpt.parent)
-        images, labels, logits = dataset.test_images[places], dataset.test_labels[places], logits[places]
-        classes = logits.topk(2).indices if arguments.correct else torch.stack([logits.argmax(1), labels], dim=1)  # (n, 2)
-        titles, roles = [names[label] for label in labels.tolist()], ["predicted", "second" if arguments.correct else "actual"]
-        title = f"{'correctly classified' if arguments.correct else 'misclassified'} test pictures of {dataset.name}"
-    confidence = 100 * logits.softmax(1).gather(1, classes)
-    n, M = classes.shape
-    maps = cam(normalize(images).repeat_interleave(M, dim=0), classes.flatten()).unflatten(0, (n, M))  # (nM, S, S) -> (n, M, S, S)
-    captions = [[f"{names[k]} {c:.0f} %" for k, c in zip(*row)] for row in zip(classes.tolist(), confidence.tolist())]
-    for name, caption in zip(titles, captions):
-        print(f"{name}: {', '.join(f'{role} {text}' for role, text in zip(roles, caption))}")
-    same = ", the same for every class" if cam.method == "attention" else ""
-    title = f"{title}: {cam.method} of {cam.layer}{same}\nyellow is each map's hottest place"
-    plots.save(plots.heat_maps(images, titles, maps, captions, roles, title), folder / "gradcam.png")
-    print(f"saved {folder / 'gradcam.png'}")
-
-
-def choose(arguments, names, dataset, logits):
-    """Places (n,) of the test pictures to show: right or wrong as asked, in random order, in turn from every actual class."""
-    labels, asked = dataset.test_labels, names
-    kind = ("correctly classified" if arguments.correct else "misclassified") + " test picture"
-    wanted = (logits.argmax(1) == labels) == arguments.correct
-    if arguments.class_name:
-        asked = [arguments.class_name]
-        wanted &= labels == names.index(arguments.class_name)
-    counts = labels[wanted].bincount(minlength=len(names)).tolist()
-    if arguments.n > sum(counts):
-        whose = f" of class {arguments.class_name}" if arguments.class_name else ""
-        raise UsageError(f"--n {arguments.n} is more than there are: {sum(counts):,} {kind}s{whose} in {dataset.name}")
-    for name in asked:
-        if not counts[names.index(name)]:
-            print(f"no {kind} of class {name}")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(arguments.seed)).to(labels.device)
-    return order[balanced_choice(labels[order], wanted[order], arguments.n)]
+        title, images, labels, logits = select_test_images(args, ckpt, model, runtime, normalize)
+        titles = [names[label] for label in labels]
+        targets, target_names = logits.topk(min(2, len(names))).indices, ["predicted", "second"]
+        if not args.correct:
+            targets[:, 1], target_names[1] = labels, "actual"
+    if args.target is not None:
+        target = ckpt["class_names"].index(args.target)
+        targets, target_names = torch.full_like(targets[:, :1], target), ["target"]
+    path = writable_dir(args.out or args.ckpt.parent) / "gradcam.png"
+    inputs = normalize(images)
+    with GradCAM(model, args.layer, args.method) as cam:
+        maps = [cam(inputs, target, normalize=False) for target in targets.unbind(1)]
+    maps = torch.stack(maps, dim=1)  # (n, M, S, S)
+    captions, percents = [], (100 * logits.softmax(1).gather(1, targets)).tolist()
+    for name, classes, values in zip(titles, targets.tolist(), percents):
+        captions.append([f"{value:.0f} % {names[k]}" for k, value in zip(classes, values)])
+        print(f"{name}: {', '.join(map(' '.join, zip(target_names, captions[-1])))}")
+    title = f"{title}\n{args.method} of {args.layer}"
+    figure = plots.heat_maps(images, titles, normalize_map(maps), captions, target_names, title)
+    plots.save_figure(figure, path)
+    print(f"saved {path}")
+    if args.save_maps:
+        with atomic_write(args.save_maps) as temporary, open(temporary, "wb") as file:
+            np.save(file, maps.cpu().numpy())
+        print(f"saved {args.save_maps}, float32 {tuple(maps.shape)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

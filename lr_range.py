@@ -1,260 +1,227 @@
-"""Smith's learning rate range test: one model trained on while the rate rises, and what its loss says of --max-lr.
+"""Learning rate range test: train one model while the lr rises, and suggest a --max-lr.
 
-    python lr_range.py --epochs 500                    # 500 rates from 1e-10 to 1, evenly spaced, as the original run did
+    python lr_range.py --epochs 500                    # 500 lrs from 1e-10 to 1, evenly spaced
     python lr_range.py --epochs 300 --mode exp --start-lr 1e-6
 
-Leslie N. Smith 2015, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3. An "epoch"
-is the time that one rate gets: a full pass on a GPU, a few batches on a CPU. Writes lr_range.csv and lr_range.png.
+Smith 2015, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3.
+An "epoch" is the time of one lr: a full pass on a GPU, a few batches on a CPU. Writes lr_range.csv
+and lr_range.png, also when it ends early.
 """
 
-import contextlib
-import copy
-import itertools
 import math
 import shlex
+import signal
 import statistics
-import time
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 import data
 import plots
-from cli import Parser, Progress, add_data_arguments, add_device_arguments, output_folder, positive_float, positive_int, run, seed_int
-from engine import Runtime, Trainer, check_batch, predict, score
-from files import write_csv
-from recipe import RECIPES, changed
+from cli import (
+    Interrupted, Parser, ProgressBar, RunError, add_data_arguments, add_device_arguments, number,
+    positive_float, positive_int, printable, run_script, seed_int, writable_dir, write_csv,
+)  # fmt: skip
+from runtime import Runtime
+from schedule import RECIPES, with_overrides
+from trainer import Trainer, loss_and_accuracy, predict
 
-SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten rates
-CPU_STEPS = 10  # batches a rate on a CPU: 500 rates in some minutes
-# Of the four suggestions, the one whose short trainings of recipe original were the best; README, "Learning rate".
+SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten lrs
+CPU_STEPS = 10  # batches an lr on a CPU: 500 lrs take minutes
+# The suggestion whose short trainings of recipe original were best, see docs/lr_range.md.
 RECOMMENDED = {"linear": "minimum / 10", "exp": "best accuracy"}
+INTERRUPTED = "stopped by Ctrl-C"
 
 
-def rates(start, end, count, mode):
-    """`count` rates from start towards end: the k-th lies k / count of the way, on a linear or an exponential scale."""
+def lr_grid(start, end, count, mode):
+    """`count` lrs from start towards end; lr k lies k / count of the way, linear or exponential."""
     if mode == "exp":
         return [start * (end / start) ** (k / count) for k in range(count)]
     return [start + k * (end - start) / count for k in range(count)]
 
 
-@contextlib.contextmanager
-def preserved(trainer):
-    """Give back `trainer` and its models, with gradients and random state, bit for bit, when the block ends."""
-    model, averaged = trainer.model, trainer.averaged
-    average, state = copy.deepcopy(averaged.state_dict()), copy.deepcopy(trainer.state_dict())
-    gradients, training = [p.grad for p in model.parameters()], model.training
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        averaged.load_state_dict(average)
-        trainer.load_state_dict(state)
-        model.train(training)
-        for parameter, gradient in zip(model.parameters(), gradients):
-            parameter.grad = gradient
+def train_each_lr(trainer, lrs, steps_per_lr):
+    """Train `trainer` at each lr in turn; yields mean loss and accuracy in percent at that lr."""
+    batch_size, count = trainer.recipe.batch_size, len(trainer.dataset.train_images)
+    steps_per_epoch, (_, momentum), seen = trainer.steps_per_epoch, trainer.schedule(0), 0
+    for step in range(len(lrs) * steps_per_lr):
+        epoch, i = divmod(step, steps_per_epoch)
+        if i == 0:
+            steps = range(step, step + steps_per_epoch)
+            epoch_lrs = [lrs[min(s // steps_per_lr, len(lrs) - 1)] for s in steps]
+            trainer.begin_epoch(epoch, epoch_lrs, [momentum] * steps_per_epoch)
+        trainer.step(i)
+        seen += min(batch_size, count - i * batch_size)
+        if (step + 1) % steps_per_lr == 0:
+            trainer.check_finite()
+            loss, correct = trainer.totals.tolist()
+            yield loss / seen, 100 * correct / seen
+            trainer.totals.zero_()
+            seen = 0
 
 
-def batches(trainer):
-    """(indices, epoch) without end: every training picture once, in random order, then again."""
-    epoch = 0
-    while True:
-        order = torch.randperm(trainer.count, generator=trainer.generator, device=trainer.runtime.device)
-        for indices in order.split(trainer.recipe.batch_size):
-            yield indices, epoch
-        epoch += 1
+def range_test(trainer, lrs, steps_per_lr, diverge=4.0, validate=None, after_lr=len):
+    """Train `trainer` for `steps_per_lr` batches at each of `lrs`, at the recipe's first momentum.
 
-
-def range_test(trainer, sweep, steps, diverge=4.0, validate=None, after_rate=lambda history: None):
-    """Train on from where `trainer` stands, `steps` updates at each rate of `sweep`; nothing of it is changed in the end.
-
-    Returns the history, a dict a rate with rate, loss (mean over its steps), smoothed (bias-corrected running mean of
-    the loss), train_accuracy and, from `validate()` if given, test_accuracy, both in percent; and why it ended early,
-    or None. Momentum stays where the recipe's schedule begins. Ends when the smoothed loss exceeds `diverge` times its
-    best or a loss is not finite, and on Ctrl-C.
+    Returns (history, stop_reason). The history has a dict an lr with lr, loss (mean over its
+    batches), smoothed_loss (bias-corrected running mean), train_accuracy and, where `validate` is
+    given, test_accuracy = validate(), in percent. It ends early, with a stop_reason, if the
+    smoothed loss exceeds `diverge` times its minimum, on what is not finite, and on Ctrl-C.
     """
     history, running, best = [], 0.0, math.inf
-    momentum = trainer.schedule(0)[1]
-    with preserved(trainer):
-        supply = batches(trainer)
-        try:
-            for rate in sweep:
-                loss = correct = seen = 0
-                for indices, epoch in itertools.islice(supply, steps):
-                    batch_loss, batch_correct = trainer.step(indices, epoch, rate, momentum)
-                    loss, correct, seen = loss + batch_loss, correct + batch_correct, seen + len(indices)
-                loss = loss.item() / seen
-                if not math.isfinite(loss):
-                    return history, f"at rate {rate:.4g} the loss is {loss}"
-                running = SMOOTHING * running + (1 - SMOOTHING) * loss
-                smoothed = running / (1 - SMOOTHING ** (len(history) + 1))
-                row = {"rate": rate, "loss": loss, "smoothed": smoothed, "train_accuracy": 100 * correct.item() / seen}
-                history.append({**row, "test_accuracy": validate()} if validate else row)
-                best = min(best, smoothed)
-                if smoothed > diverge * best:
-                    return history, f"at rate {rate:.4g} the smoothed loss is {smoothed:.3g}, its best was {best:.3g}"
-                after_rate(history)
-        except KeyboardInterrupt:
-            return history, "stopped by Ctrl-C"
+    try:
+        for lr, (loss, accuracy) in zip(lrs, train_each_lr(trainer, lrs, steps_per_lr)):
+            running = SMOOTHING * running + (1 - SMOOTHING) * loss
+            smoothed = running / (1 - SMOOTHING ** (len(history) + 1))
+            row = {"lr": lr, "loss": loss, "smoothed_loss": smoothed, "train_accuracy": accuracy}
+            history.append({**row, "test_accuracy": validate()} if validate else row)
+            best = min(best, smoothed)
+            if smoothed > diverge * best:
+                raise RunError(f"lr {lr:.4g}: smoothed loss {smoothed:.3g}, minimum {best:.3g}")
+            after_lr(history)
+    except RunError as error:
+        return history, str(error)
+    except KeyboardInterrupt:
+        return history, INTERRUPTED
     return history, None
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """A rate, or None, and one line that says how it was found or why there is none."""
+# --- suggestions ---
 
-    rate: float | None
+
+class Suggestion(NamedTuple):
+    """An lr, or None, and how it was found, or why there is none."""
+
+    lr: float | None
     reason: str
 
 
-def suggest(history, mode="linear"):
-    """Suggestions by name from the history of a range test that was swept in `mode`; a pure function."""
-    names = ("steepest", "minimum / 10", "best accuracy", "valley")
+def suggest(history):
+    """Suggestions by name from the history of a range test over an lr_grid; a pure function."""
+    names = "steepest", "minimum / 10", "best accuracy", "valley"
+    lrs, losses, smoothed = ([row[k] for row in history] for k in ("lr", "loss", "smoothed_loss"))
     if len(history) < 5:
-        return dict.fromkeys(names, Suggestion(None, f"{len(history)} rates are too few to read anything off"))
-    smoothed = [row["smoothed"] for row in history]
-    lowest = min(range(len(history)), key=smoothed.__getitem__)
-    steps = [abs(b["loss"] - a["loss"]) for a, b in zip(history, history[1:])]
-    noise = 1.05 * statistics.median(steps)  # the standard deviation of one loss, were it all that moves it
-    fall = history[0]["loss"] - smoothed[lowest]
-    if fall <= max(4 * noise, 0.01 * abs(history[0]["loss"])):
-        reason = f"the loss falls by {max(fall, 0):.2g} from its start, no more than its noise ({noise:.2g}) explains"
+        reason = f"{len(history)} lrs are too few for a suggestion"
         return dict.fromkeys(names, Suggestion(None, reason))
-    chosen = dict(zip(names, (steepest(history, lowest, mode), tenth_of_minimum(history, lowest), best_accuracy(history), valley(history[: lowest + 1]))))
-    return {name: pick if pick.rate is None or pick.rate > 0 else Suggestion(None, "the rate found is 0") for name, pick in chosen.items()}
+    lowest = smoothed.index(min(smoothed))
+    # The standard deviation of a loss, if noise were all that moves it.
+    noise = 1.05 * statistics.median(abs(b - a) for a, b in zip(losses, losses[1:]))
+    fall = losses[0] - smoothed[lowest]
+    if fall <= max(4 * noise, 0.01 * abs(losses[0])):
+        reason = f"the loss falls by {max(fall, 0):.2g}, which its noise ({noise:.2g}) may explain"
+        return dict.fromkeys(names, Suggestion(None, reason))
+    # On the axis of the grid, log or linear, lrs are evenly spaced.
+    steepest = min(range(1, max(lowest, 2)), key=lambda k: smoothed[k + 1] - smoothed[k - 1])
+    tenth = lrs[lowest] / 10, f"a tenth of {lrs[lowest]:.4g}, where the loss is lowest"
+    accuracy = "test_accuracy" if "test_accuracy" in history[0] else "train_accuracy"
+    best = max(history, key=lambda row: row[accuracy])
+    first, last = longest_fall(smoothed[: lowest + 1])
+    span = f"the middle of the longest fall, {lrs[first]:.4g} to {lrs[last]:.4g}"
+    found = (
+        (lrs[steepest], "the smoothed loss falls fastest"),
+        tenth if lowest < len(lrs) - 1 else (None, "the loss still falls at the last lr"),
+        (best["lr"], f"{accuracy.replace('_', ' ')} is highest, {best[accuracy]:.1f} %"),
+        (lrs[(first + last) // 2], span),
+    )
+    return {name: Suggestion(*pair) for name, pair in zip(names, found)}
 
 
-def steepest(history, lowest, mode):
-    """Where the smoothed loss falls fastest, before its minimum, along the axis that was swept."""
-    axis = [math.log(row["rate"]) if mode == "exp" else row["rate"] for row in history]
-    smoothed = [row["smoothed"] for row in history]
-    inner = range(1, max(lowest, 2))
-    slopes = {k: (smoothed[k + 1] - smoothed[k - 1]) / (axis[k + 1] - axis[k - 1]) for k in inner}
-    k = min(slopes, key=slopes.get)
-    return Suggestion(history[k]["rate"], "the smoothed loss falls fastest here" + (", on a log axis" if mode == "exp" else ""))
-
-
-def tenth_of_minimum(history, lowest):
-    """A tenth of the rate at which the smoothed loss is lowest."""
-    if lowest == len(history) - 1:
-        return Suggestion(None, "the loss still falls at the last rate")
-    return Suggestion(history[lowest]["rate"] / 10, f"a tenth of {history[lowest]['rate']:.4g}, where the loss is lowest")
-
-
-def best_accuracy(history):
-    """Where accuracy is highest: on the test pictures if they were looked at, else in training."""
-    part = "test" if "test_accuracy" in history[0] else "train"
-    row = max(history, key=lambda row: row[f"{part}_accuracy"])
-    return Suggestion(row["rate"], f"{part} accuracy is highest here, {row[f'{part}_accuracy']:.1f} %")
-
-
-def valley(history):
-    """The middle of the longest fall, of a history up to its minimum: the longest falling subsequence of the smoothed loss."""
-    smoothed = [row["smoothed"] for row in history]
-    length, before = [1] * len(smoothed), [-1] * len(smoothed)
-    for i, value in enumerate(smoothed):
-        for j in range(i):
-            if smoothed[j] > value and length[j] + 1 > length[i]:
-                length[i], before[i] = length[j] + 1, j
-    last = first = max(range(len(smoothed)), key=length.__getitem__)
-    while before[first] >= 0:
+def longest_fall(values):
+    """(first, last) index of the longest strictly decreasing subsequence of a list."""
+    # Of the subsequences of each length, the highest last value, negated, and its index.
+    lasts, ends, before = [], [], []
+    for i, value in enumerate(values):
+        length = bisect_left(lasts, -value)
+        before.append(ends[length - 1] if length else None)
+        lasts[length : length + 1], ends[length : length + 1] = [-value], [i]
+    first = last = ends[-1]
+    while before[first] is not None:
         first = before[first]
-    middle = history[(first + last) // 2]["rate"]
-    return Suggestion(middle, f"the middle of the longest fall, {history[first]['rate']:.4g} to {history[last]['rate']:.4g}")
+    return first, last
 
 
-def rate_seconds(trainer, steps, validate):
-    """How long one rate takes: `steps` updates, each as long as the last of three, and a look at the test pictures."""
-    with preserved(trainer):
-        for indices, epoch in itertools.islice(batches(trainer), 3):
-            started = time.perf_counter()
-            trainer.step(indices, epoch, 0.0, 0.9)[0].item()  # .item() waits for the device
-            seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        if validate:
-            validate()
-        return steps * seconds + time.perf_counter() - started
+# --- the script ---
 
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def parse():
-    parser = Parser(description="Learning rate range test: sweep the rate over one training and suggest a --max-lr for train.py.")
-    parser.add_argument("--epochs", type=positive_int, default=500, metavar="N", help="how many rates")
-    parser.add_argument("--start-lr", type=float, default=1e-10, help="the first rate")
-    parser.add_argument("--end-lr", type=positive_float, default=1.0, help="where the rates lead")
-    parser.add_argument("--mode", default="linear", choices=["linear", "exp"], help="how the rates are spaced")
-    parser.add_argument("--steps-per-epoch", type=positive_int, help=f"batches each rate gets (default: {CPU_STEPS} on a CPU, else a full pass)")
-    parser.add_argument("--recipe", default="default", choices=sorted(RECIPES), help="whose optimizer, augmentation and batch size to test with")
-    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the recipe, as train.py takes it; may be repeated (default: the recipe's)")
-    parser.add_argument("--diverge", type=positive_float, default=4.0, help="end when the smoothed loss exceeds its best this many times")
-    parser.add_argument("--val", action="store_true", help="also look at the test pictures after every rate")
+def parse_args():
+    parser = Parser(description="Train while the lr rises, and suggest a --max-lr for train.py.")
+    add = parser.add_argument
+    count = number(int, lambda n: 1 <= n <= 100_000, "from 1 to 100000, a day on a CPU")
+    lr = number(float, lambda x: 1e-30 <= x <= 1e30, "from 1e-30 to 1e30")
+    add("--epochs", type=count, default=500, metavar="N", help="number of lrs")
+    add("--start-lr", type=lr, default=1e-10, help="first lr")
+    add("--end-lr", type=lr, default=1.0, help="end of the lrs")
+    add("--mode", default="linear", choices=["linear", "exp"], help="spacing of the lrs")
+    help = f"batches at each lr (default: {CPU_STEPS} on a CPU, else a full pass)"
+    add("--steps-per-epoch", type=positive_int, metavar="N", help=help)
+    add("--recipe", default="default", choices=RECIPES, help="optimizer, augmentation, batch size")
+    add("--set", action="append", metavar="NAME=VALUE", help="any setting of schedule.Recipe")
+    help = "stop when the smoothed loss exceeds its minimum this many times"
+    add("--diverge", type=positive_float, default=4.0, metavar="X", help=help)
+    add("--val", action="store_true", help="also evaluate the test images at each lr")
     add_data_arguments(parser)
     add_device_arguments(parser)
-    parser.add_argument("--seed", type=seed_int, default=1, help="of the weights, the order of pictures and the augmentation")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where lr_range.csv and lr_range.png go")
-    arguments = parser.parse_args()
-    if not math.isfinite(arguments.start_lr) or arguments.start_lr < 0 or (arguments.mode == "exp" and arguments.start_lr == 0):
-        parser.error(f"--start-lr {arguments.start_lr:g}: a rate is a finite number of at least 0, and above 0 with --mode exp")
-    if arguments.start_lr >= arguments.end_lr:
-        parser.error(f"--start-lr {arguments.start_lr:g} is not below --end-lr {arguments.end_lr:g}")
-    return arguments
+    add("--seed", type=seed_int, default=1, help="of weights, order of images and augmentation")
+    add("--out", type=Path, default=Path("."), metavar="DIR", help="for lr_range.csv and .png")
+    args = parser.parse_args()
+    if args.start_lr >= args.end_lr:
+        parser.error(f"--start-lr {args.start_lr:g} is not below --end-lr {args.end_lr:g}")
+    return args
 
 
 def main():
-    arguments = parse()
-    recipe = changed(RECIPES[arguments.recipe], arguments.set or [])
-    output_folder(arguments.out)
-    runtime = Runtime(arguments.device, arguments.precision, arguments.kernels)
-    dataset = data.load(arguments.data, arguments.data_dir, runtime.device)
-    check_batch(recipe, dataset)
-    trainer = Trainer(recipe, dataset, runtime, arguments.seed)
-    sweep = rates(arguments.start_lr, arguments.end_lr, arguments.epochs, arguments.mode)
-    steps = arguments.steps_per_epoch or (CPU_STEPS if runtime.device.type == "cpu" else trainer.steps_per_epoch)
-
-    print(f"{runtime.describe()}\n{dataset.name}, recipe {arguments.recipe}, seed {arguments.seed}")
-    print(f"{len(sweep)} rates from {arguments.start_lr:g} towards {arguments.end_lr:g}, {arguments.mode}, {steps} steps of {recipe.batch_size} each")
+    args = parse_args()
+    recipe = with_overrides(RECIPES[args.recipe], args.set or [])
+    recipe = replace(recipe, crop_decay_frac=0.0, weight_avg_frac=0.0)  # only the lr changes
+    writable_dir(args.out)
+    runtime = Runtime(args.device, args.precision, args.kernels)
+    print(f"{runtime.describe()}\nloading images", flush=True)
+    dataset = data.load(args.data, args.data_dir, runtime.device)
+    trainer = Trainer(recipe, dataset, runtime, args.seed)
+    lrs = lr_grid(args.start_lr, args.end_lr, args.epochs, args.mode)
+    steps, title = trainer.steps_per_epoch, f"{printable(dataset.name)}, recipe {args.recipe}"
+    steps = args.steps_per_epoch or (CPU_STEPS if runtime.device.type == "cpu" else steps)
+    print(f"range test, {title}, seed {args.seed}: {len(lrs)} lrs", end=" ")
+    print(f"from {args.start_lr:g} to {args.end_lr:g}, {args.mode}, {steps} steps each", flush=True)
+    progress = ProgressBar("lr", len(lrs))
 
     def validate():
-        return score(predict(runtime, trainer.model, trainer.normalize, dataset.test_images), dataset.test_labels)[1]
+        logits = predict(runtime, trainer.model, trainer.normalize, dataset.test_images)
+        return loss_and_accuracy(logits, dataset.test_labels)[1]
 
-    look = validate if arguments.val else None
-    print(f"expected time {clock(rate_seconds(trainer, steps, look) * len(sweep))}", flush=True)
-    progress, started = Progress("rate", len(sweep)), time.perf_counter()
+    def after_lr(history):
+        progress.update(len(history), "lr {lr:.3g}, loss {smoothed_loss:.3f}".format(**history[-1]))
 
-    def after_rate(history):
-        left = (time.perf_counter() - started) / len(history) * (len(sweep) - len(history))
-        progress.update(len(history), f"lr {history[-1]['rate']:.3g}, loss {history[-1]['smoothed']:.3f}, {clock(left)} left")
-
-    history, ended = range_test(trainer, sweep, steps, arguments.diverge, look, after_rate)
+    validate = validate if args.val else None
+    history, stop_reason = range_test(trainer, lrs, steps, args.diverge, validate, after_lr)
     progress.clear()
-    print(f"{len(history)} of {len(sweep)} rates in {clock(time.perf_counter() - started)}" + (f"; ended early:\n  {ended}" if ended else ""))
-    suggestions = suggest(history, arguments.mode)
-    recommend(suggestions, arguments)
+    done = f"{len(history)} of {len(lrs)} lrs"
+    print(done + (f"; ended early: {stop_reason}" if stop_reason else ""))
+    suggestions, name = suggest(history), RECOMMENDED[args.mode]
+    print_suggestions(suggestions, name, args)
     if history:
-        write_csv(arguments.out / "lr_range.csv", history)
-        title = f"learning rate range test, {dataset.name}, recipe {arguments.recipe}"
-        plots.save(plots.lr_range(history, suggestions, arguments.mode, title), arguments.out / "lr_range.png")
-        print(f"saved {arguments.out / 'lr_range.csv'} and {arguments.out / 'lr_range.png'}")
+        write_csv(args.out / "lr_range.csv", history)
+        figure = plots.lr_range(history, suggestions, name, args.mode, f"range test, {title}")
+        plots.save_figure(figure, args.out / "lr_range.png")
+        print(f"saved lr_range.csv and lr_range.png in {args.out}")
+    if stop_reason == INTERRUPTED:
+        raise Interrupted(signal.SIGINT, f"{done} are kept")
 
 
-def recommend(suggestions, arguments):
-    """Print every suggestion, and the line to copy for the recommended one."""
-    name = RECOMMENDED[arguments.mode]
-    pick = suggestions[name]
-    if any(other.rate for other in suggestions.values()):
-        for other, suggestion in suggestions.items():
-            print(f"  {other:<14} {'none' if suggestion.rate is None else f'{suggestion.rate:.4g}':>9}  {suggestion.reason}")
-    if pick.rate is None:
-        return print(f"\nnothing to recommend: {pick.reason}\n")
-    given = {"--data": arguments.data, "--data-dir": arguments.data_dir, "--recipe": arguments.recipe}
-    flags = [f"{flag} {shlex.quote(value)}" for flag, value in given.items() if value not in ("auto", "./data")]
-    flags += [f"--set {shlex.quote(text)}" for text in arguments.set or []]
-    print(f"\nrecommended ({name}), a start and not the truth:\n  python train.py {' '.join(flags)} --max-lr {pick.rate:.4g}\n")
+def print_suggestions(suggestions, name, args):
+    """Print every suggestion, and a command to copy for the one of this name."""
+    recommended = suggestions[name]
+    for other, (lr, reason) in suggestions.items():
+        print(f"  {other:<14} {'none' if lr is None else f'{lr:.4g}':>9}  {reason}")
+    if recommended.lr is None:
+        return print(f"\nnothing to recommend: {recommended.reason}\n")
+    given = {"--data": args.data, "--data-dir": args.data_dir, "--recipe": args.recipe}
+    flags = [f"{k} {shlex.quote(v)}" for k, v in given.items() if v not in ("auto", "./data")]
+    flags += [f"--set {shlex.quote(setting)}" for setting in args.set or []]
+    command = f"python train.py {' '.join(flags)} --max-lr {recommended.lr:.4g}"
+    print(f"\nrecommended ({name}), a starting point:\n  {command}\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

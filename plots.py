@@ -1,176 +1,197 @@
-"""Every figure that the scripts save. Figures are matplotlib objects of their own: no global state, no display."""
+"""The figures that the scripts save as PNG. Nothing here needs a display or pyplot."""
 
+import warnings
+
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from files import replacing
+from cli import atomic_write, printable
 
-TRAIN, TEST, NEUTRAL = "#1f77b4", "#d62728", "#444444"
-
-
-def figure(width, height):
-    """A white figure of width x height inches that can be saved."""
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made
-
-
-def save(made, path):
-    """Write a figure as PNG, whole."""
-    with replacing(path) as temporary:
-        made.savefig(temporary, dpi=120, format="png")
+# Distinct for the color-blind, with line styles; Okabe & Ito 2008, "Color universal design".
+COLORS = BLACK, VERMILION, BLUE, GREEN, PURPLE = "black", "#D55E00", "#0072B2", "#009E73", "#CC79A7"
+LINE_STYLES = ("--", "-", ":", "-.", (0, (8, 3)))
+LOSS_LABEL, ACCURACY_LABEL = "cross entropy (nats)", "accuracy (%)"
+SPLITS = {"train": "train", "test": "test", "val": "held-out"}
+# A decorator. Class names may hold dollar signs, which are no formulas.
+styled = rc_context({
+    "text.parse_math": False, "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 10,
+    "lines.linewidth": 1.2, "lines.markersize": 4, "legend.frameon": False, "grid.alpha": 0.25,
+})  # fmt: skip
 
 
-def literal(text):
-    """A name that a user has chosen, for matplotlib to draw as it stands: between two dollar signs it would read TeX."""
-    return text.replace("$", r"\$")
+def truncate(text, width):
+    """Printable text in lines of at most `width` characters, longer ones with an ellipsis."""
+    lines = [printable(line) for line in text.split("\n")]
+    return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
 
 
-def show_picture(axes, image):
-    """One uint8 (3, S, S) picture without ticks."""
-    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
+def new_figure(width, height, title, *args, **kwargs):
+    """A figure of width x height inches, and its subplots(*args, **kwargs)."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    fig.suptitle(truncate(title, int(10 * width)))
+    return fig, fig.subplots(*args, **kwargs)
 
 
-def sample_rows(rows, names, sides, title):
-    """A grid: each of `rows` is uint8 (n, 3, S, S) with its name in `sides` at the left; `names` head the n columns."""
-    made = figure(1 + len(names), 0.6 + 1.05 * len(rows))
-    made.suptitle(literal(title))
-    grid = made.subplots(len(rows), len(names), squeeze=False)
-    for i, (images, side) in enumerate(zip(rows, sides)):
-        for j, (image, name) in enumerate(zip(images, names)):
-            show_picture(grid[i, j], image)
-            if i == 0:
-                grid[i, j].set_title(literal(name), fontsize=9)
-        grid[i, 0].set_ylabel(literal(side), fontsize=9)
-    return made
+@styled
+def save_figure(fig, path):
+    """Write a figure as PNG; raises RunError for a file that cannot be written."""
+    dpi = min(120, 65_000 / max(fig.get_size_inches()))  # Agg draws at most 2^16 pixels a side
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # characters that the font lacks are drawn as boxes
+        fig.savefig(temporary, dpi=dpi, format="png")
 
 
-def curves(history, schedule, steps_per_epoch, title):
-    """Loss, accuracy, learning rate and momentum of a run: `history` is a list of rows, `schedule` a function of the step."""
+def show_image(ax, image, title=""):
+    """One uint8 (3, S, S) image without ticks; `title` is cut to its width."""
+    ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    inches = ax.get_position().width * ax.figure.get_size_inches()[0]
+    ax.set_title(truncate(title, int(19 * inches)))
+
+
+@styled
+def sample_grid(rows, names, row_labels, title):
+    """A grid of images: each of `rows` is uint8 (n, 3, S, S), `names` head the n columns."""
+    n, N = len(rows), len(names)
+    fig, axes = new_figure(1 + N, 0.6 + 1.05 * n, title, n, N, squeeze=False)
+    for i, (images, label) in enumerate(zip(rows, row_labels)):
+        axes[i, 0].set_ylabel(truncate(label, 12))
+        for ax, image, name in zip(axes[i], images, names):
+            show_image(ax, image, "" if i else name)
+    return fig
+
+
+@styled
+def training_curves(history, schedule, steps_per_epoch, title, split="test"):
+    """Loss, accuracy, lr and momentum of a run.
+
+    `history` has a dict an epoch with epoch, train_loss, train_accuracy and, for split "test" or
+    "val", {split}_loss and {split}_accuracy; `schedule` is a OneCycle.
+    """
+    fig, axes = new_figure(10, 6.5, title, 2, 2)
     epochs = [row["epoch"] for row in history]
-    made = figure(10, 6.5)
-    made.suptitle(literal(title))
-    (loss, accuracy), (rate, momentum) = made.subplots(2, 2)
-    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-        for part, colour in (("train", TRAIN), ("test", TEST)):
-            values = [row[f"{part}_{name}"] for row in history]
-            axes.plot(epochs, values, color=colour, marker=".", label=f"{part}: {values[-1]:.4g} at the end")
-        axes.legend(frameon=False)
-    loss.set_ylabel("mean cross entropy")
-    accuracy.set_ylabel("accuracy, %")
-    steps = range(schedule.total_steps)
-    for axes, values, name in zip((rate, momentum), zip(*map(schedule, steps)), ("learning rate", "momentum")):
-        axes.plot([step / steps_per_epoch for step in steps], values, color=NEUTRAL)
-        axes.set_ylabel(name)
-    for axes in (loss, accuracy, rate, momentum):
-        axes.set(xlabel="epochs passed", xlim=(0, schedule.total_steps / steps_per_epoch))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25)
-    return made
+    for ax, key in zip(axes[0], ("loss", "accuracy")):
+        for name, color, style in (("train", BLUE, "o--"), (split, VERMILION, "o-")):
+            values = [row[f"{name}_{key}"] for row in history]
+            label = f"{SPLITS[name]}: {values[-1]:.4g} at the end"
+            ax.plot(epochs, values, style, color=color, label=label)
+        ax.legend()
+    steps, length = range(schedule.total_steps), schedule.total_steps / steps_per_epoch
+    for ax, values in zip(axes[1], zip(*map(schedule, steps))):
+        ax.plot([step / steps_per_epoch for step in steps], values, color=BLACK)
+    for ax, label in zip(axes.flat, (LOSS_LABEL, ACCURACY_LABEL, "lr", "momentum")):
+        ax.set(xlabel="epoch", ylabel=label, xlim=(-0.03 * length, 1.03 * length))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid()
+    return fig
 
 
-def comparison(runs, title):
-    """Test accuracy by epoch: `runs` is name -> list of runs, each a list of percents, one an epoch; a colour a name."""
-    made = figure(8, 4.5)
-    axes = made.subplots()
-    for (name, of_name), colour in zip(runs.items(), (NEUTRAL, TEST, TRAIN)):
-        last = [values[-1] for values in of_name]
-        for i, values in enumerate(of_name):
-            label = f"{literal(name)}: {sum(last) / len(last):.2f} % at the end, n = {len(last)}" if i == 0 else None
-            axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1, alpha=0.8, label=label)
-    axes.set(title=literal(title), xlabel="epochs passed", ylabel="test accuracy, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
-    return made
+@styled
+def confusion_matrix(matrix, class_names, title):
+    """A confusion matrix (K, K; rows actual, columns predicted), colored by fraction of the row.
+
+    Up to 20 classes show their counts; above 100, some ticks are left out.
+    """
+    K, small = len(class_names), len(class_names) <= 20
+    side = min(max(6.5, 0.26 * K), 20)
+    fig, ax = new_figure(side + 1, side, title)
+    fraction = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    image = ax.imshow(fraction.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    fig.colorbar(image, label="fraction of the actual class", shrink=0.8)
+    ticks = range(0, K, -(-K // 100))
+    names = [truncate(class_names[i], 20) for i in ticks]
+    ax.set_xticks(ticks, names, rotation=45 if small else 90, ha="right" if small else "center")
+    ax.set_yticks(ticks, names)
+    ax.tick_params(labelsize=9 if small else 6)
+    ax.set(xlabel="predicted", ylabel="actual")
+    for i, j in ((i, j) for i in range(K * small) for j in range(K)):
+        color = "white" if fraction[i, j] > 0.5 else "black"
+        ax.text(j, i, f"{matrix[i, j]}", ha="center", va="center", fontsize=8, color=color)
+    return fig
 
 
-def confusion(matrix, class_names, title):
-    """A confusion matrix (K, K; rows actual, columns predicted), coloured by the share of the actual class."""
-    K = len(class_names)
-    side = max(6.5, 0.26 * K)
-    made = figure(side + 1, side)
-    axes = made.subplots()
-    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    made.colorbar(drawn, label="share of the actual class", shrink=0.8)
-    small = {"fontsize": 9 if K <= 20 else 5}
-    class_names = list(map(literal, class_names))
-    axes.set_xticks(range(K), class_names, rotation=45 if K <= 20 else 90, ha="right" if K <= 20 else "center", **small)
-    axes.set_yticks(range(K), class_names, **small)
-    axes.set(title=literal(title), xlabel="predicted", ylabel="actual")
-    if K <= 20:
-        for i in range(K):
-            for j in range(K):
-                colour = "white" if share[i, j] > 0.5 else "black"
-                axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", fontsize=8, color=colour)
-    return made
+@styled
+def image_grid(images, captions, title):
+    """uint8 images (n, 3, S, S), five a row, each under its caption."""
+    rows = -(-len(captions) // 5)
+    fig, axes = new_figure(7.5, 0.5 + 1.9 * rows, title, rows, 5, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, image, caption in zip(axes.flat, images, captions):
+        show_image(ax, image, caption)
+    return fig
 
 
-def misclassified(images, captions, title):
-    """A grid of uint8 pictures (n, 3, S, S), each under its caption."""
-    columns = 5
-    rows = -(-len(captions) // columns)
-    made = figure(2.1 * columns, 0.5 + 2.35 * rows)
-    made.suptitle(literal(title))
-    for axes in made.subplots(rows, columns, squeeze=False).flat:
-        axes.set_axis_off()
-    for axes, image, caption in zip(made.axes, images, captions):
-        show_picture(axes, image)
-        axes.set_title(literal(caption), fontsize=9)
-    return made
+@styled
+def heat_maps(images, titles, maps, captions, target_names, title):
+    """Images uint8 (n, 3, S, S), each beside M saliency maps (n, M, S, S; [0, 1]) laid over it.
 
-
-def heat_maps(images, titles, maps, captions, roles, title):
-    """Pictures uint8 (n, 3, S, S), each with its M heat maps (n, M, S, S; [0, 1]) laid over it, two pictures a row if they fit.
-
-    `titles` names the n pictures, `roles` the M kinds of map, `captions` (n lists of M) each map.
+    `titles` name the n images, `target_names` the M maps, `captions` are n lists of M.
     """
     n, M = maps.shape[:2]
-    across = 2 if M < 3 and n > 1 else 1
-    down = -(-n // across)
-    width = 7.5
-    made = figure(width, 0.6 + down * (width / (across * (1 + M)) + 0.3))
-    made.suptitle(literal(title), fontsize=10)
-    for i, part in enumerate(made.subfigures(down, across, squeeze=False, wspace=0.06).flat):
-        if i == n:
-            break
-        for j, axes in enumerate(part.subplots(1, 1 + M)):
-            if j == 0:
-                show_picture(axes, images[i])
-                axes.set_title(literal(titles[i]), fontsize=9)
-                continue
-            show_picture(axes, images[i].float().mean(0, keepdim=True).expand(3, -1, -1).byte())  # grey, as colour is heat
-            heat = maps[i, j - 1].cpu().numpy()
-            axes.imshow(heat, cmap="plasma", vmin=0, vmax=1, alpha=0.9 * heat, interpolation="bilinear")
-            axes.set_title(literal(f"{roles[j - 1]}\n{captions[i][j - 1]}"), fontsize=9)
-    return made
+    across = 2 if M < 3 and n > 1 else 1  # images a row
+    ratios = (([1] * (1 + M) + [0.1]) * across)[:-1]  # a narrow empty column between two images
+    width, rows = 7.5, -(-n // across)
+    height, grid = 1 + rows * (width / sum(ratios) + 0.37), (rows, len(ratios))
+    fig, axes = new_figure(width, height, title, *grid, squeeze=False, width_ratios=ratios)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    options = {"cmap": "plasma", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+    for i in range(n):
+        ax, *map_axes = axes[i // across, i % across * (2 + M) :][: 1 + M]
+        show_image(ax, images[i], titles[i])
+        gray = images[i].float().mean(0, keepdim=True).expand(3, -1, -1).byte()
+        for ax, saliency, name, caption in zip(map_axes, maps[i], target_names, captions[i]):
+            show_image(ax, gray, f"{name}\n{caption}")
+            saliency = saliency.cpu().numpy()  # where it is 0 the image is seen
+            ax.imshow(saliency, alpha=0.9 * saliency, **options)
+    fig.colorbar(
+        ScalarMappable(cmap="plasma"), ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02,
+        ticks=[0, 0.5, 1], label="saliency, relative to the maximum of each map; 0 is transparent",
+    )  # fmt: skip
+    return fig
 
 
-def lr_range(history, suggestions, mode, title):
-    """Loss, raw and smoothed, and accuracy over the rates of a range test, with the suggestions marked."""
-    rates = [row["rate"] for row in history]
-    made = figure(9, 7)
-    made.suptitle(literal(title))
-    loss, accuracy = made.subplots(2, 1, sharex=True)
-    loss.plot(rates, [row["loss"] for row in history], color=TRAIN, alpha=0.3, linewidth=1, label="loss, mean at each rate")
-    loss.plot(rates, [row["smoothed"] for row in history], color=TRAIN, linewidth=2, label="loss, smoothed")
-    start, low = history[0]["loss"], min(row["loss"] for row in history)
-    loss.set_ylim(low - 0.1 * (start - low), start + 0.6 * (start - low) if start > low else None)  # divergence runs off the top
-    accuracy.plot(rates, [row["train_accuracy"] for row in history], color=TRAIN, alpha=0.6, linewidth=1, label="train")
-    if "test_accuracy" in history[0]:
-        accuracy.plot(rates, [row["test_accuracy"] for row in history], color=TEST, alpha=0.8, linewidth=1, label="test")
-    for (name, pick), colour in zip(suggestions.items(), ("#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")):
-        for axes in (loss, accuracy) if pick.rate is not None else ():
-            axes.axvline(pick.rate, color=colour, linestyle="--", linewidth=1.2, label=f"{name}: {pick.rate:.4g}" if axes is loss else None)
+@styled
+def lr_range(history, suggestions, recommended, mode, title):
+    """Loss and accuracy over the lrs of a range test, with its suggestions as vertical lines.
+
+    `history` has a dict an lr with lr, loss, smoothed_loss, train_accuracy and maybe test_accuracy;
+    `suggestions` maps names to (lr or None, reason); `recommended` is one of the names.
+    """
+    fig, axes = new_figure(9, 7, title, 2, 1, sharex=True)
+    top, bottom = axes
+    for ax, key, label, color, style in (
+        (top, "loss", "loss at each lr", "#9CC9E5", "-"),
+        (top, "smoothed_loss", "smoothed loss", BLUE, "-"),
+        (bottom, "train_accuracy", "train", BLUE, "-"),
+        (bottom, "test_accuracy", "test", VERMILION, "--"),
+    ):
+        if key in history[0]:
+            lrs, values = zip(*((row["lr"], row[key]) for row in history))
+            ax.plot(lrs, values, style, color=color, label=label)
+    losses = [row["loss"] for row in history]
+    low, span = min(losses), losses[0] - min(losses)
+    if span > 0:  # a diverging loss leaves the figure
+        top.set_ylim(low - 0.1 * span, low + 1.6 * span)
+    for (name, suggestion), color, style in zip(suggestions.items(), COLORS[1:], LINE_STYLES):
+        if suggestion.lr is not None:
+            best = name == recommended
+            line = {"color": BLACK, "linewidth": 2.5} if best else {"color": color, "ls": style}
+            for ax in axes:
+                label = f"{name}: {suggestion.lr:.4g}{', recommended' * best}"
+                ax.axvline(suggestion.lr, label=label if ax is top else None, **line)
     if mode == "exp":
-        loss.set_xscale("log")
-    loss.set_ylabel("mean cross entropy")
-    accuracy.set(ylabel="accuracy, %", xlabel=f"learning rate, {'logarithmic' if mode == 'exp' else 'linear'} axis")
-    for axes in (loss, accuracy):
-        axes.legend(frameon=False, fontsize=9)
-        axes.grid(alpha=0.25)
-    return made
+        top.set_xscale("log")
+        bottom.xaxis.set_major_formatter("{x:g}")  # the default is a formula
+        bottom.xaxis.set_minor_formatter("")
+    top.set_ylabel(LOSS_LABEL)
+    bottom.set(ylabel=ACCURACY_LABEL, xlabel=f"lr, {'logarithmic' * (mode == 'exp') or 'linear'}")
+    for ax in axes:
+        ax.legend()
+        ax.grid()
+    return fig

@@ -1,28 +1,35 @@
 """The channel-token Vision Transformer: 72,170 parameters in its layer table, 74,346 in all.
 
-Tokens are channels, not patches: the stem turns a picture into 32 maps of 16x16, and each map, flattened to 256
-numbers and projected to 64, is one token. A CLS token in front makes 33.
+Tokens are channels, not patches: the stem turns an image into 32 maps of 16x16, and each map,
+flattened to 256 values and projected to 64, is one token. A CLS token in front makes 33.
 
-    python vit.py                   # what every operation of the network costs
+    python vit.py                   # parameters and multiply-accumulates of every layer
     python vit.py --classes 100
 
-Letters in the shape comments: B batch, T tokens (33), C width (64), H heads (4), D head width (16).
-The class token and the pre-norm blocks are those of Dosovitskiy et al. 2020, arXiv:2010.11929.
+Shapes: B batch, T tokens (33), C width (64), H heads (4), D head width (16).
+CLS token and pre-norm blocks: Dosovitskiy et al. 2020, arXiv:2010.11929.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli import Parser, positive_int, run
+from cli import Parser, positive_int, run_script
 
 
 class Conv1x1(nn.Linear):
-    """A 1x1 convolution along the token axis, (B, T, in) -> (B, T, out): one matrix for every token, as nn.Linear."""
+    """A 1x1 convolution over the token axis, (B, T, in) -> (B, T, out)."""
+
+    def forward(self, x, rows=slice(None)):
+        """`rows` of the weight, (out, in), select output channels."""
+        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 class Stem(nn.Module):
-    """Pictures to channel tokens, (B, in_channels, S, S) -> (B, channels, dim)."""
+    """Images to channel tokens, (B, in_channels, S, S) -> (B, channels, dim)."""
 
     def __init__(self, image_size, patch_size, in_channels, channels, dim):
         super().__init__()
@@ -30,53 +37,96 @@ class Stem(nn.Module):
         self.gelu1 = nn.GELU()
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=patch_size, stride=patch_size)
         self.gelu2 = nn.GELU()
-        self.project = Conv1x1((image_size // patch_size) ** 2, dim)
+        self.proj = Conv1x1((image_size // patch_size) ** 2, dim)
 
-    def forward(self, images):
-        maps = self.gelu1(self.conv1(images))  # (B, 3, 32, 32) -> (B, 32, 32, 32)
-        maps = self.gelu2(self.conv2(maps))  # (B, 32, 32, 32) -> (B, 32, 16, 16)
-        B, channels, height, width = maps.shape
-        tokens = maps.reshape(B, channels, height * width)  # (B, 32, 16, 16) -> (B, 32, 256)
-        return self.project(tokens)  # (B, 32, 256) -> (B, 32, 64)
+    def forward(self, images, as_matmul=False):
+        if as_matmul:
+            maps = convs_as_matmul(self, images)
+        else:
+            maps = self.gelu1(self.conv1(images))  # (B, 3, 32, 32) -> (B, 32, 32, 32)
+            maps = self.gelu2(self.conv2(maps))  # (B, 32, 32, 32) -> (B, 32, 16, 16)
+        return self.proj(maps.flatten(2))  # (B, 32, 16, 16) -> (B, 32, 256) -> (B, 32, 64)
 
 
-class SoftmaxAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for every head, (B, T, 3 H D) -> (B, T, H D); q, k, v are chunks of H D channels."""
+def convs_as_matmul(stem, images):
+    """gelu2(conv2(gelu1(conv1(images)))) as two matrix products, faster on a CPU.
 
-    def __init__(self, heads, dim_head):
+    A 2x2 patch of conv2 sees 4x4 pixels. With these 48 values in a row, conv1 at the 4 pixels of
+    the patch is one (48, 128) matrix, and conv2 a (128, 32) matrix. Only 27 of the 48 weights in a
+    column are nonzero: a dense product is still cheaper than a convolution of 3 channels.
+    """
+    B, c, S, _ = images.shape
+    p = stem.conv2.stride[0]
+    window, side = p + 2, S // p  # pixels that a patch sees, and patches, along one axis
+    padded = F.pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, 34, 34, 3)
+    padded = padded.reshape(B, S + 2, (S + 2) * c)  # rows of pixels are contiguous
+    patches = padded.unfold(1, window, p).unfold(2, window * c, p * c)  # (B, 16, 16, 4, 12)
+    patches = patches.reshape(B, side, side, window * window * c).permute(0, 3, 1, 2)
+
+    pixels = [(y, x) for y in range(p) for x in range(p)]
+    weight = stem.conv1.weight  # (32, 3, 3, 3)
+    weight = torch.cat([F.pad(weight, (x, p - 1 - x, y, p - 1 - y)) for y, x in pixels])
+    weight = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]  # (128, 48, 1, 1)
+    maps = F.conv2d(patches, weight, stem.conv1.bias.repeat(p * p))  # (B, 48 -> 128, 16, 16)
+    # Elementwise operations are fastest when the order of dimensions is the order in memory.
+    maps = F.gelu(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    weight = stem.conv2.weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]  # (32, 128, 1, 1)
+    maps = F.conv2d(maps, weight, stem.conv2.bias)  # (B, 128 -> 32, 16, 16)
+    return F.gelu(maps.contiguous())
+
+
+class ScaledDotProductAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v for q (B H, T or 1, D), k and v (B H, T, D)."""
+
+    def __init__(self, heads):
         super().__init__()
-        self.heads, self.dim_head = heads, dim_head
+        self.heads = heads
 
-    def weigh(self, qkv):
-        """How much each token looks at each other, (B, H, T, T), rows of sum 1; and v, (B, H, T, D)."""
-        B, T, _ = qkv.shape
-        H, D = self.heads, self.dim_head
-        q, k, v = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)  # (B, T, 3HD) -> 3 x (B, H, T, D)
-        scores = (q * D**-0.5) @ k.transpose(2, 3)  # (B, H, T, D) x (B, H, D, T) -> (B, H, T, T)
-        return scores.softmax(dim=-1), v
+    def attention_weights(self, q, k):
+        """(B H, T or 1, T), rows of sum 1."""
+        return torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(dim=-1)
 
-    def forward(self, qkv):
-        weights, v = self.weigh(qkv)
-        values = (weights @ v).transpose(1, 2)  # (B, H, T, T) x (B, H, T, D) -> (B, H, T, D) -> (B, T, H, D)
-        return values.flatten(2)  # (B, T, H, D) -> (B, T, HD)
+    def forward(self, q, k, v):
+        return torch.bmm(self.attention_weights(q, k), v)
 
 
 class Attention(nn.Module):
-    """The attention half of a block, (B, T, C) -> (B, T, C), residual included."""
+    """The attention half of a block with its residual, (B, T, C) -> (B, T, C).
 
-    def __init__(self, dim, heads, dim_head):
+    With cls_only the CLS token alone is computed, (B, T, C) -> (B, 1, C).
+    """
+
+    def __init__(self, dim, heads, dim_head, cls_only=False):
         super().__init__()
+        self.heads, self.inner_dim, self.cls_only = heads, heads * dim_head, cls_only
         self.norm = nn.LayerNorm(dim)
-        self.qkv = Conv1x1(dim, 3 * heads * dim_head, bias=False)
-        self.attend = SoftmaxAttention(heads, dim_head)
-        self.out = Conv1x1(heads * dim_head, dim, bias=False)
+        self.qkv = Conv1x1(dim, 3 * self.inner_dim, bias=False)  # q, k, v, each (H, D)
+        self.attend = ScaledDotProductAttention(heads)
+        self.out = Conv1x1(self.inner_dim, dim, bias=False)
+
+    def split_heads(self, x):
+        """(B, T, n H D) -> n tensors (B H, T, D), each contiguous as bmm wants it."""
+        B, T, width = x.shape
+        n, H, D = width // self.inner_dim, self.heads, self.inner_dim // self.heads
+        x = x.view(B, T, n, H, D).permute(2, 0, 3, 1, 4)  # (n, B, H, T, D)
+        return x.reshape(n, B * H, T, D).unbind(0)
 
     def forward(self, x):
-        return x + self.out(self.attend(self.qkv(self.norm(x))))
+        y = self.norm(x)
+        if self.cls_only:
+            x = x[:, :1]
+            (q,) = self.split_heads(self.qkv(y[:, :1], rows=slice(self.inner_dim)))
+            k, v = self.split_heads(self.qkv(y, rows=slice(self.inner_dim, None)))
+        else:
+            q, k, v = self.split_heads(self.qkv(y))
+        values = self.attend(q, k, v)  # (B H, T, D)
+        B, T, _ = x.shape
+        values = values.view(B, self.heads, T, v.shape[-1]).transpose(1, 2)  # (B, T, H, D)
+        return x + self.out(values.reshape(B, T, self.inner_dim))
 
 
-class FeedForward(nn.Module):
-    """The feed-forward half of a block, (B, T, C) -> (B, T, C), residual included."""
+class MLP(nn.Module):
+    """The feed-forward half of a block with its residual, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim, mlp_dim):
         super().__init__()
@@ -90,141 +140,113 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, (B, T, C) -> (B, T, C)."""
+    """A transformer block, (B, T, C) -> (B, T, C), or (B, 1, C) with cls_only."""
 
-    def __init__(self, dim, heads, dim_head, mlp_dim):
+    def __init__(self, dim, heads, dim_head, mlp_dim, cls_only=False):
         super().__init__()
-        self.attention = Attention(dim, heads, dim_head)
-        self.feed_forward = FeedForward(dim, mlp_dim)
+        self.attention = Attention(dim, heads, dim_head, cls_only)
+        self.mlp = MLP(dim, mlp_dim)
 
     def forward(self, x):
-        return self.feed_forward(self.attention(x))
+        return self.mlp(self.attention(x))
 
 
 class ViT(nn.Module):
-    """Float pictures (B, in_channels, image_size, image_size) to logits (B, num_classes).
+    """Normalized float images (B, in_channels, image_size, image_size) to logits (B, num_classes).
 
-    Raises ValueError, saying which and why, for sizes that do not fit together and for pictures of another shape.
+    The head reads the CLS token only, so the last block computes nothing else: the same logits and
+    gradients for less work. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
-        self,
-        num_classes=10,
-        image_size=32,
-        patch_size=2,
-        in_channels=3,
-        channels=32,
-        dim=64,
-        depth=2,
-        heads=4,
-        dim_head=16,
-        mlp_dim=64,
-    ):
+        self, num_classes=10, image_size=32, patch_size=2, in_channels=3, channels=32, dim=64,
+        depth=2, heads=4, dim_head=16, mlp_dim=64,
+    ):  # fmt: skip
         super().__init__()
-        sizes = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}: it counts something, so it must be a whole number of at least 1")
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        for name, value in self.config.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}, not a whole number of at least 1")
         if image_size % patch_size:
-            raise ValueError(
-                f"image_size {image_size} does not divide into patches of patch_size {patch_size}: "
-                f"{image_size % patch_size} pixels are left over"
-            )
-        self.sizes = sizes  # what a checkpoint needs to build this network again
+            raise ValueError(f"image_size {image_size} does not divide by patch_size {patch_size}")
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_embedding = nn.Parameter(torch.randn(1, channels + 1, dim))
         self.stem = Stem(image_size, patch_size, in_channels, channels, dim)
-        self.blocks = nn.Sequential(*(Block(dim, heads, dim_head, mlp_dim) for _ in range(depth)))
+        last = depth - 1
+        blocks = [Block(dim, heads, dim_head, mlp_dim, cls_only=i == last) for i in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim)
         self.head = Conv1x1(dim, num_classes)
 
-    def embed(self, images):
-        """Pictures (B, in_channels, image_size, image_size) to the first block's input, (B, T, C)."""
-        channels, side = self.sizes["in_channels"], self.sizes["image_size"]
-        if images.dim() != 4 or images.shape[1:] != (channels, side, side):
-            raise ValueError(f"pictures have shape {tuple(images.shape)}; this network takes (B, {channels}, {side}, {side})")
-        tokens = self.stem(images)  # (B, 3, 32, 32) -> (B, 32, 64)
+    def forward(self, images, stem_as_matmul=False):
+        """Raises ValueError for images of another shape."""
+        c, S = self.config["in_channels"], self.config["image_size"]
+        if images.dim() != 4 or images.shape[1:] != (c, S, S):
+            raise ValueError(f"images are {tuple(images.shape)}, not (B, {c}, {S}, {S})")
+        tokens = self.stem(images, stem_as_matmul)  # (B, 3, 32, 32) -> (B, 32, 64)
         cls_token = self.cls_token.expand(len(images), -1, -1)  # (1, 1, 64) -> (B, 1, 64)
-        return torch.cat([cls_token, tokens], dim=1) + self.pos_embedding  # (B, 33, 64)
-
-    def forward(self, images):
-        x = self.blocks(self.embed(images))  # (B, 3, 32, 32) -> (B, 33, 64) -> (B, 33, 64)
-        return self.head(self.norm(x[:, 0]))  # (B, 33, 64) -> (B, 64) -> (B, num_classes)
+        x = torch.cat([cls_token, tokens], dim=1) + self.pos_embedding  # (B, 33, 64)
+        x = self.blocks(x)[:, 0]  # (B, 33, 64) -> (B, 1, 64) -> (B, 64)
+        return self.head(self.norm(x))  # (B, 64) -> (B, num_classes)
 
 
-def cost(model):
-    """What every operation of `model` costs for one picture, measured by hooks while one picture passes.
+@torch.no_grad()
+def build_model(recipe, num_classes, seed, device):
+    """A ViT with the recipe's initialization; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ViT(num_classes=num_classes)
+    model.cls_token.mul_(recipe.embed_init_std)
+    model.pos_embedding.mul_(recipe.embed_init_std)
+    if recipe.avg_pool_init:
+        weight = model.stem.proj.weight  # (C, S S): C cells of an S x S map
+        cells, side = math.isqrt(len(weight)), math.isqrt(weight.shape[1])
+        maps = torch.eye(side * side).view(-1, side, side)  # (S S, S, S), one per pixel
+        pool = F.adaptive_avg_pool2d(maps, cells).flatten(1).T  # (S S, c, c) -> (C, S S)
+        weight.copy_(pool * (weight.norm() / pool.norm()))
+    return model.to(device)
 
-    Returns a list of dicts with `name`, `op`, `shape` (batch left out), `parameters` and `macs` (multiply-accumulates,
-    half of what torch.utils.flop_counter counts), in the order of execution. The embeddings, which belong to no
-    operation's module, are the row `cls_token, pos_embedding`.
+
+def summary(model):
+    """Layer table of `model` as text: output shape, parameters, multiply-accumulates of an image.
+
+    Measured by hooks. A layer called twice (qkv of the last block: q of the CLS token, then k, v)
+    has two rows, its parameters in the first.
     """
-    rows, hooks, started = [], [], {}
-    counter = FlopCounterMode(display=False)
+    rows, counter = [], FlopCounterMode(display=False)
 
-    def start(module, _):
-        started[module] = counter.get_total_flops()
+    def add_row(name):
+        def hook(module, args, output):
+            seen = [row for row in rows if row[0] == name]
+            size = 0 if seen else sum(p.numel() for p in module.parameters())
+            flops = sum(counter.get_flop_counts().get(f"ViT.{name}", {}).values())
+            macs = flops // 2 - sum(row[4] for row in seen)
+            rows.append((name, type(module).__name__, tuple(output.shape[1:]), size, macs))
 
-    def finish(name, module, output):
-        rows.append(
-            {
-                "name": name,
-                "op": type(module).__name__,
-                "shape": tuple(output.shape[1:]),
-                "parameters": sum(p.numel() for p in module.parameters()),
-                "macs": (counter.get_total_flops() - started[module]) // 2,
-            }
-        )
+        return hook
 
-    def embedded(_, inputs):
-        own = dict(model.named_parameters(recurse=False))
-        shape = tuple(inputs[0].shape[1:])
-        parameters = sum(p.numel() for p in own.values())
-        rows.append({"name": ", ".join(own), "op": "concatenate, add", "shape": shape, "parameters": parameters, "macs": 0})
-
-    hooks.append(model.blocks.register_forward_pre_hook(embedded))
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            hooks.append(module.register_forward_pre_hook(start))
-            hooks.append(module.register_forward_hook(lambda m, _, output, name=name: finish(name, m, output)))
-    device = model.cls_token.device
-    images = torch.zeros(1, model.sizes["in_channels"], model.sizes["image_size"], model.sizes["image_size"], device=device)
-    try:
-        with torch.no_grad(), counter:
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return rows
-
-
-def cost_table(model):
-    """`cost(model)` as text: a row an operation, then totals of parameters, MACs and memory (fp32, one picture)."""
-    rows = cost(model)
-    line = "{:<29} {:<16} {:>10} {:>10} {:>9}".format
-    lines = [line("name", "operation", "output", "parameters", "MACs")]
-    lines += [
-        line(row["name"], row["op"], ", ".join(map(str, row["shape"])), f"{row['parameters']:,}", f"{row['macs']:,}")
-        for row in rows
-    ]
-    total = sum(row["parameters"] for row in rows)
-    embeddings = sum(p.numel() for p in model.parameters(recurse=False))
-    activations = sum(torch.Size(row["shape"]).numel() for row in rows)
-    lines += [
-        "",
-        f"parameters, layer table     {total - embeddings:>12,}",
-        f"parameters, embeddings too  {total:>12,}  = {total * 4 / 1e6:.3f} MB in fp32",
-        f"multiply-accumulates        {sum(row['macs'] for row in rows):>12,}  a picture, forward",
-        f"activations                 {activations:>12,}  = {activations * 4 / 1e6:.3f} MB in fp32 a picture",
-    ]
-    return "\n".join(lines)
+    leaves = [(name, m) for name, m in model.named_modules() if not list(m.children())]
+    handles = [module.register_forward_hook(add_row(name)) for name, module in leaves]
+    c, S = model.config["in_channels"], model.config["image_size"]
+    with torch.no_grad(), counter:
+        model(torch.zeros(1, c, S, S, device=model.cls_token.device))
+    for handle in handles:
+        handle.remove()
+    lines = [("name", "layer", "output", "parameters", "MACs")]
+    for name, layer, shape, size, macs in rows:
+        lines.append((name, layer, ", ".join(map(str, shape)), f"{size:,}", f"{macs:,}"))
+    size, macs = (sum(row[i] for row in rows) for i in (3, 4))
+    total = sum(p.numel() for p in model.parameters())
+    lines.append(("all layers", "", "", f"{size:,}", f"{macs:,}"))
+    lines.append(("and the embeddings", "", "", f"{total:,}", ""))
+    return "\n".join("{:<25} {:<25} {:>10} {:>10} {:>9}".format(*line) for line in lines)
 
 
 def main():
-    parser = Parser(description="Print what every operation of the network costs for one picture.")
+    parser = Parser(description="Print the layer table: shapes, parameters and MACs of an image.")
     parser.add_argument("--classes", type=positive_int, default=10, help="number of classes")
-    print(cost_table(ViT(num_classes=parser.parse_args().classes)))
+    print(summary(ViT(num_classes=parser.parse_args().classes)))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,98 +1,117 @@
-"""The whole augmentation of a batch in one launch: augment.Augmenter.apply says the same in PyTorch.
+"""The augmentation of a batch in one launch; augment.augment is the same in PyTorch.
 
-    output pixel -> warp: where in the cropped picture -> 4 neighbours, or 1 -> flip -> crop: where in the source -> its byte,
-    then bilinear weights, (value - mean) / deviation, 0 in the square that is cut out
+    output pixel -> affine: position in the cropped image -> 4 neighbors, or 1 -> flip -> crop
+    -> byte, then bilinear weights, (value - mean) / std, 0 inside the cutout
 
-Every step of an augmentation but the last only says from where a pixel comes, so they are followed backwards, from the
-output to the byte: the pictures are read where they lie in the training set, once, and written once, in the working
-dtype, where PyTorch takes some twenty launches and passes every picture through memory in fp32 several times.
+Every operation but the last says only where a pixel comes from, so they are followed backward from
+the output to the byte: images are read in place in the training set, once, and written once. What
+a recipe leaves out has neutral values in the plan, so all recipes share one compiled kernel.
 
-One program is one picture, its S S pixels at once and its channels in turn; neighbours come from the first level cache.
-Letters: N training pictures, B batch, S side. The steps and their sources are those of augment.py.
+One program is one image. S: its side.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import launch, to_working
+from augment import EpochPlan
+from kernels.functions import cast, launch, plan_row
 
 
 @triton.jit
-def wrapped(index, S):
-    """`index` modulo S, from 0 to S - 1 for either sign."""
+def floor_mod(index, S):
+    """`index` modulo S, in [0, S) for either sign."""
     return (index % S + S) % S
 
 
 @triton.jit
-def tap(channel_ptr, row, column, flipped, down, right, mask, S, FLIP: tl.constexpr, BORDER: tl.constexpr):
-    """The bytes, as fp32, that the cropped and flipped picture has at (row, column)."""
-    if FLIP:
-        column = tl.where(flipped, S - 1 - column, column)
-    row, column = row + down, column + right
-    if BORDER == "wrap":
-        row, column = wrapped(row, S), wrapped(column, S)
-    elif BORDER == "reflect":
-        row, column = (S - 1) - tl.abs((S - 1) - tl.abs(row)), (S - 1) - tl.abs((S - 1) - tl.abs(column))
-    return tl.load(channel_ptr + row * S + column, mask=mask, other=0).to(tl.float32)
+def pad_index(index, wrap, S):
+    """Where padding by "wrap" or "reflect" takes the pixel at `index`, in (-S, 2 S)."""
+    reflected = (S - 1) - tl.abs((S - 1) - tl.abs(index))
+    return tl.where(wrap != 0, floor_mod(index, S), reflected)
 
 
 @triton.jit
+def load_pixel(image_ptr, row, column, flip, down, right, wrap, mask, S: tl.constexpr):
+    """Bytes, as fp32, at (row, column) of one channel of the cropped and flipped image."""
+    column = tl.where(flip, S - 1 - column, column)
+    row, column = pad_index(row + down, wrap, S), pad_index(column + right, wrap, S)
+    return tl.load(image_ptr + row * S + column, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["batch_size", "shard_start", "wrap", "cutout_size"])
 def augment_kernel(
-    pictures_ptr,  # (N, 3, S, S), uint8
-    indices_ptr,  # (B,), int64
-    offsets_ptr, flipped_ptr, warped_ptr, shifts_ptr, scales_ptr, angles_ptr, corners_ptr, cut_ptr,  # as augment.Draws has them
-    mean_ptr, std_ptr,  # (3,), fp32, of bytes
-    z_ptr,  # (B, 3, S, S), working dtype
-    BORDER: tl.constexpr,  # of the crop, "reflect" or "wrap"; "" where there is none
-    FLIP: tl.constexpr, WARP: tl.constexpr,
-    CUT: tl.constexpr,  # the square's side; 0 where there is none
-    S: tl.constexpr,  # known to the compiler, so that taking a remainder is no division
-    PIXELS: tl.constexpr, DTYPE: tl.constexpr,
+    images_ptr,  # (N, 3, S, S), uint8
+    indices_ptr,  # (N,), int64
+    offsets_ptr,  # (N, 2), int64
+    flip_ptr, affine_ptr,  # (N,), bool
+    translate_ptr, cos_ptr, sin_ptr,  # (N, 2), (N,), (N,); cos and sin of the angle over the scale
+    cutout_ptr, cutout_xy_ptr,  # (N,), bool; (N, 2), int64
+    mean_ptr, std_ptr,  # (3,), of bytes
+    counter_ptr,  # (1,), int32, steps done in the epoch
+    out_ptr,  # (B, 3, S + 2, S + 2), working dtype; the margin of 1 pixel is not written
+    batch_size, shard_start, wrap, cutout_size,
+    S: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
+    plan = plan_row(counter_ptr, batch_size, shard_start) + b
     i = tl.arange(0, PIXELS)
     row, column, mask = i // S, i % S, i < S * S
-    down, right, flipped = 0, 0, 0
-    if BORDER != "":
-        down, right = tl.load(offsets_ptr + 2 * b).to(tl.int32), tl.load(offsets_ptr + 2 * b + 1).to(tl.int32)
-    if FLIP:
-        flipped = tl.load(flipped_ptr + b) != 0
-    if CUT > 0:
-        top, left = tl.load(corners_ptr + 2 * b).to(tl.int32), tl.load(corners_ptr + 2 * b + 1).to(tl.int32)
-        cut = (row >= top) & (row < top + CUT) & (column >= left) & (column < left + CUT) & (tl.load(cut_ptr + b) != 0)
-    if WARP:
-        centre, scale, angle = (S - 1) / 2, tl.load(scales_ptr + b), tl.load(angles_ptr + b)
-        cos, sin = tl.cos(angle) / scale, tl.sin(angle) / scale
-        y, x = row - centre - tl.load(shifts_ptr + 2 * b), column - centre - tl.load(shifts_ptr + 2 * b + 1)
-        warped = tl.load(warped_ptr + b) != 0
-        y, x = tl.where(warped, cos * y - sin * x + centre, row), tl.where(warped, sin * y + cos * x + centre, column)
-        below, beside = y - tl.floor(y), x - tl.floor(x)
-        row, column = wrapped(tl.floor(y).to(tl.int32), S), wrapped(tl.floor(x).to(tl.int32), S)
+    down = tl.load(offsets_ptr + 2 * plan).to(tl.int32)
+    right = tl.load(offsets_ptr + 2 * plan + 1).to(tl.int32)
+    flip, is_affine = tl.load(flip_ptr + plan) != 0, tl.load(affine_ptr + plan) != 0
+    top = tl.load(cutout_xy_ptr + 2 * plan).to(tl.int32)
+    left = tl.load(cutout_xy_ptr + 2 * plan + 1).to(tl.int32)
+    hidden = (row >= top) & (row < top + cutout_size)
+    hidden &= (column >= left) & (column < left + cutout_size) & (tl.load(cutout_ptr + plan) != 0)
+
+    cos, sin, center = tl.load(cos_ptr + plan), tl.load(sin_ptr + plan), (S - 1) / 2
+    y = row - center - tl.load(translate_ptr + 2 * plan)
+    x = column - center - tl.load(translate_ptr + 2 * plan + 1)
+    y, x = cos * y - sin * x + center, sin * y + cos * x + center
+    dy, dx = y - tl.floor(y), x - tl.floor(x)
+    row0, column0 = floor_mod(tl.floor(y).to(tl.int32), S), floor_mod(tl.floor(x).to(tl.int32), S)
+    row1, column1 = floor_mod(row0 + 1, S), floor_mod(column0 + 1, S)
+
+    image_ptr = images_ptr + tl.load(indices_ptr + plan) * (3 * S * S)
+    out_ptr += b * (3 * (S + 2) * (S + 2)) + (row + 1) * (S + 2) + column + 1
     for channel in range(3):
-        channel_ptr = pictures_ptr + (tl.load(indices_ptr + b) * 3 + channel) * S * S
-        value = tap(channel_ptr, row, column, flipped, down, right, mask, S, FLIP, BORDER)
-        if WARP:
-            next_row, next_column = wrapped(row + 1, S), wrapped(column + 1, S)
-            value += beside * (tap(channel_ptr, row, next_column, flipped, down, right, mask, S, FLIP, BORDER) - value)
-            lower = tap(channel_ptr, next_row, column, flipped, down, right, mask, S, FLIP, BORDER)
-            lower += beside * (tap(channel_ptr, next_row, next_column, flipped, down, right, mask, S, FLIP, BORDER) - lower)
-            value += below * (lower - value)
+        at = image_ptr + channel * S * S
+        if is_affine:
+            value = load_pixel(at, row0, column0, flip, down, right, wrap, mask, S)
+            other = load_pixel(at, row0, column1, flip, down, right, wrap, mask, S)
+            value += dx * (other - value)
+            lower = load_pixel(at, row1, column0, flip, down, right, wrap, mask, S)
+            other = load_pixel(at, row1, column1, flip, down, right, wrap, mask, S)
+            value += dy * (lower + dx * (other - lower) - value)
+        else:
+            value = load_pixel(at, row, column, flip, down, right, wrap, mask, S)
         value = (value - tl.load(mean_ptr + channel)) / tl.load(std_ptr + channel)
-        if CUT > 0:
-            value = tl.where(cut, 0.0, value)
-        tl.store(z_ptr + (b * 3 + channel) * S * S + i, to_working(value, DTYPE), mask=mask)
+        value = cast(tl.where(hidden, 0.0, value), DTYPE)
+        tl.store(out_ptr + channel * (S + 2) * (S + 2), value, mask=mask)
 
 
-def augment(augmenter, pictures, indices, draws, dtype):
-    """`augmenter.apply(pictures[indices], draws)` in `dtype`: uint8 (N, 3, S, S), (B,) -> (B, 3, S, S)."""
-    plan, normalize, S = augmenter.augmentation, augmenter.normalize, pictures.shape[-1]
-    z = torch.empty(len(indices), *pictures.shape[1:], dtype=dtype, device=pictures.device)
-    drawn = draws.offsets, draws.flipped, draws.warped, draws.shifts, draws.scales, draws.angles, draws.corners, draws.cut
-    drawn = [indices if each is None else each for each in drawn]  # what a kernel does not read still needs an address
+def kernel_plan(plan):
+    """An EpochPlan as the kernel reads it: neutral values for what the recipe leaves out, and
+    cos(angle) / scale and sin(angle) / scale in place of scale and angle.
+    """
+    fp32 = torch.zeros_like(plan.indices, dtype=torch.float32)
+    pairs, mask = torch.zeros_like(plan.indices).repeat(2, 1).T.contiguous(), fp32.bool()
+    if plan.affine is not None:
+        cos, sin = plan.angle.cos() / plan.scale, plan.angle.sin() / plan.scale
+        plan = plan._replace(scale=cos, angle=sin)
+    neutral = EpochPlan(plan.indices, pairs, mask, mask, pairs.float(), fp32, fp32, mask, pairs)
+    return EpochPlan(*(b if a is None else a for a, b in zip(plan, neutral)))
+
+
+def augment(images, plan, normalize, recipe, counter, out, row, num_images, target):
+    """Write augmented images of a step to out (B, 3, S + 2, S + 2).
+
+    `images` (N, 3, S, S) is the training set; `row` is (batch size, start of the shard in it).
+    """
+    S = images.shape[-1]
     launch(
-        augment_kernel, len(indices), dtype, (pictures, indices, *drawn, normalize.mean, normalize.std), (z,), S=S,
-        BORDER=plan.crop_border if draws.offsets is not None else "", FLIP=draws.flipped is not None,
-        WARP=draws.warped is not None, CUT=plan.cutout_size if draws.cut is not None else 0, PIXELS=triton.next_power_of_2(S * S),
+        augment_kernel, num_images, images, *plan, normalize.mean, normalize.std, counter, out,
+        *row, int(recipe.padding_mode == "wrap"), recipe.cutout_size,
+        S=S, PIXELS=triton.next_power_of_2(S * S), **target.options("augment"),
     )  # fmt: skip
-    return z

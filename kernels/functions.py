@@ -1,41 +1,75 @@
-"""What the kernels have in common: device functions, and how a kernel is launched.
+"""What the kernels share: device functions, how a kernel is launched, and what suits which GPU.
 
-Numbers: tensors are loaded in the working dtype (fp32 or bf16), sums and statistics are fp32, and a factor of a product
-is rounded to the working dtype first, so that bf16 products run on tensor cores. fp32 products are IEEE, not TF32.
+Activations lie in the working dtype (fp32, bf16 or fp16). Weights, statistics, sums and partial
+gradients are fp32; a factor of a product is rounded to the working dtype first, so that bf16 and
+fp16 products run on tensor cores. fp32 products are IEEE, not TF32.
 
-Triton's interpreter (TRITON_INTERPRET=1, CPU) computes bf16 wrongly, so there `launch` hands bf16 tensors over as fp32
-and `to_working` rounds as bf16 would: the same numbers on a CPU.
+Triton's interpreter (TRITON_INTERPRET=1, on a CPU) computes bf16 wrongly, so there every buffer is
+float32, and `cast` rounds to the values that the working dtype has: the same numbers, on a CPU.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-# How a kernel is compiled: four warps share a program in bf16; in fp32, which runs without tensor cores, eight, or registers spill.
-OPTIONS = {torch.bfloat16: {"num_warps": 4, "num_stages": 1}, torch.float32: {"num_warps": 8, "num_stages": 1}}
-INTERPRETED = triton.knobs.runtime.interpret  # settled by the environment when a kernel's module is imported
+INTERPRETED = triton.knobs.runtime.interpret  # fixed when a module with kernels is imported
+EMULATED = tl.constexpr(INTERPRETED)
+EPS = tl.constexpr(1e-5)  # of torch.nn.LayerNorm
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MAX_PROGRAMS = 256  # with partial gradients: in a larger batch a program takes several images
+
+last_launched = None  # for the message about a kernel that does not compile
+recorded = None  # if a list, launches are appended to it as (kernel, programs, args, constants)
 
 
-def launch(kernel, programs, dtype, inputs, outputs, *numbers, **constants):
-    """Run `kernel(*inputs, *outputs, *numbers)` as `programs` programs on the tensors' own device.
+class Target(NamedTuple):
+    """What kernels are compiled for."""
 
-    `dtype`, torch.float32 or torch.bfloat16, is the working dtype.
-    """
-    tensors, name = (*inputs, *outputs), {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    if INTERPRETED and name == "bf16":
-        name, originals = "rounded", tensors
-        tensors = [in_float32(tensor) if tensor.dtype == dtype else tensor for tensor in originals]
-    with torch.cuda.device_of(tensors[0]):
-        kernel[(programs,)](*tensors, *numbers, DTYPE=name, **constants)
-    if name == "rounded":
-        for output, result in zip(outputs, tensors[len(inputs) :]):
-            if output is not result:
-                output.copy_(result)
+    dtype: torch.dtype  # of activations
+    arch: int | str = 90  # 10 times the compute capability, or an AMD name such as "gfx942"
+    shared_bytes: int = 232448  # shared memory that a program may have
+
+    @classmethod
+    def of(cls, device, dtype):
+        """The target that is present: a GPU, or Triton's interpreter on a CPU."""
+        if device.type != "cuda":
+            return cls(dtype)
+        props = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return cls(dtype, props.gcnArchName.partition(":")[0], 65536)
+        return cls(dtype, 10 * props.major + props.minor, props.shared_memory_per_block_optin)
+
+    @property
+    def storage(self):
+        """The dtype of buffers of activations."""
+        return torch.float32 if INTERPRETED else self.dtype
+
+    def num_warps(self, uses_tensor_cores):
+        """Of a program. 8 spill least, but for wgmma, which Triton's bug 11047 (a barrier is
+        missing between warp groups) makes unsafe with more than 4, and for sm_100 and AMD.
+        """
+        return 4 if uses_tensor_cores and self.arch not in (75, 80, 86, 89, 120) else 8
+
+    def options(self, kernel):
+        """Constants of a launch that depend on dtype and GPU: what spills least of those tried."""
+        tile = {"stem forward": {"TILE": 64}, "stem backward": {"TILE": 32}, "mlp": {"R": 16}}
+        if INTERPRETED:  # an operation costs the interpreter the same time at any size
+            tile["stem backward"] = {"TILE": 64}
+        warps = self.num_warps(self.dtype != torch.float32)
+        launch = {"DTYPE": DTYPES[self.dtype], "num_warps": warps, "num_stages": 1}
+        return launch | tile.get(kernel, {})
 
 
-def in_float32(tensor):
-    """A copy in float32 with the same strides."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float32).copy_(tensor)
+def launch(kernel, programs, *args, **constants):
+    """Run `kernel` as `programs` programs, perhaps none, on the current device."""
+    global last_launched
+    last_launched = kernel
+    if recorded is not None:
+        recorded.append((kernel, programs, args, constants))
+    elif programs:
+        kernel[(programs,)](*args, **constants)
 
 
 def padded(size):
@@ -43,69 +77,98 @@ def padded(size):
     return max(16, triton.next_power_of_2(size))
 
 
-def split(flat, *like):
-    """`flat` (N,) in consecutive pieces of the shapes and dtypes of the tensors `like`."""
-    pieces = flat.split([tensor.numel() for tensor in like])
-    return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, like)]
+def images_per_program(count):
+    """How many of `count` images, or tiles of rows, a program of a backward kernel takes."""
+    return max(1, triton.cdiv(count, MAX_PROGRAMS))
+
+
+def num_programs(count):
+    """Programs of a backward kernel, which is the rows of its partial gradients."""
+    return triton.cdiv(count, images_per_program(count))
 
 
 @triton.jit
-def to_working(x, DTYPE: tl.constexpr):
-    """fp32 `x` in the working dtype: "fp32", "bf16", or "rounded", bf16's values kept in fp32 (nearest, ties to even)."""
-    if DTYPE == "bf16":
-        x = x.to(tl.bfloat16)
-    elif DTYPE == "rounded":
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
+def cast(x, DTYPE: tl.constexpr):
+    """fp32 `x` in the working dtype, in the interpreter rounded to it (nearest, ties to even)."""
+    if DTYPE == "fp16":
+        x = x.to(tl.float16)
+        if EMULATED:
+            x = x.to(tl.float32)
+    elif DTYPE == "bf16":
+        if EMULATED:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = bits.to(tl.float32, bitcast=True)
+        else:
+            x = x.to(tl.bfloat16)
     return x
 
 
 @triton.jit
 def load(pointers, DTYPE: tl.constexpr, mask=True):
-    """Weights, which lie in memory as fp32, in the working dtype, zero where `mask` is false."""
-    return to_working(tl.load(pointers, mask=mask, other=0.0), DTYPE)
+    """fp32 values in memory in the working dtype, zero where `mask` is false."""
+    return cast(tl.load(pointers, mask=mask, other=0.0), DTYPE)
+
+
+@triton.jit
+def accumulate(pointers, value, is_later):
+    """Store a program's partial gradient, or add to what its earlier images left there."""
+    tl.store(pointers, value + tl.load(pointers, mask=is_later, other=0.0))
 
 
 @triton.jit
 def dot(a, b):
-    """The matrix product of two working-dtype matrices, in fp32."""
+    """The matrix product of two matrices in the working dtype, in fp32."""
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def standardize(x, EPS: tl.constexpr):
-    """Rows of fp32 x (N, C) to mean 0 and variance 1, and the reciprocal deviation (N,), as LayerNorm has them."""
-    centred = x - tl.sum(x, 1)[:, None] / x.shape[1]
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / x.shape[1] + EPS)
-    return centred * rstd[:, None], rstd
+def plan_row(counter_ptr, batch_size, shard_start):
+    """The row of the epoch's plan at which this rank's part of the running step begins."""
+    return tl.load(counter_ptr).to(tl.int64) * batch_size + shard_start
 
 
 @triton.jit
-def scaled(standard, weight_ptr, bias_ptr, DTYPE: tl.constexpr):
-    """LayerNorm's second half, weight and bias (C,) on standardized rows (N, C), in the working dtype."""
-    c = tl.arange(0, standard.shape[1])
-    return to_working(standard * tl.load(weight_ptr + c) + tl.load(bias_ptr + c), DTYPE)
+def normalize_rows(x):
+    """Rows of fp32 x (N, C) to mean 0 and variance 1, and their 1 / std (N,), as LayerNorm."""
+    centered = x - tl.sum(x, 1)[:, None] / x.shape[1]
+    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / x.shape[1] + EPS)
+    return centered * rstd[:, None], rstd
 
 
 @triton.jit
-def standardize_backward(gradient, standard, rstd):
-    """The gradient with respect to x of `standardize(x)`, given that with respect to its first result."""
-    C: tl.constexpr = gradient.shape[1]
-    mean = tl.sum(gradient, 1)[:, None] / C
-    along = tl.sum(gradient * standard, 1)[:, None] / C
-    return rstd[:, None] * (gradient - mean - standard * along)
+def scale_shift(x_hat, weight_ptr, bias_ptr):
+    """The second half of LayerNorm: weight and bias (C,) on normalized rows (N, C), fp32."""
+    c = tl.arange(0, x_hat.shape[1])
+    return x_hat * tl.load(weight_ptr + c)[None, :] + tl.load(bias_ptr + c)[None, :]
 
 
 @triton.jit
-def normal_tail(a, DTYPE: tl.constexpr):
-    """Phi(-a), the normal distribution's tail beyond a >= 0, as 2 to the power of a polynomial.
+def layer_norm_backward(dy, x_hat, rstd, weight_ptr):
+    """The gradient of x, given that of scale_shift(normalize_rows(x))."""
+    C: tl.constexpr = dy.shape[1]
+    grad = dy * tl.load(weight_ptr + tl.arange(0, C))[None, :]
+    mean = tl.sum(grad, 1)[:, None] / C
+    along = tl.sum(grad * x_hat, 1)[:, None] / C
+    return rstd[:, None] * (grad - mean - x_hat * along)
 
-    log2 Phi(-a) is so smooth that a few terms do: for bf16 a minimax fit over [0, 8] (relative error 1.2e-3, where
-    half a unit of bf16 is 2.0e-3), for fp32 one of a Phi(-a), the share of GELU's error, over [0, 5.8] (7.5e-9). Both
-    leading terms are negative, so beyond the fit the tail vanishes faster than it should, never grows.
+
+@triton.jit
+def normal_sf(a, DTYPE: tl.constexpr):
+    """P(Z > a), Z standard normal and a >= 0, as 2 to the power of a polynomial.
+
+    log2 of it is so smooth that a few terms do. For bf16 a minimax fit over [0, 8], relative error
+    1.2e-3 (half a unit in the last place is 2.0e-3); else one of a P(Z > a), the share of GELU's
+    error, over [0, 5.8], error 7.5e-9. Both leading terms are negative, so beyond the fit the
+    value vanishes faster than it should, and never grows.
     """
-    if DTYPE == "fp32":
+    if DTYPE == "bf16":
+        p = -0.000115073861 * a + 0.00314975134
+        p = p * a - 0.0358908214
+        p = p * a - 0.487466604
+        p = p * a - 1.13379872
+        p = p * a - 1.00171387
+    else:
         p = -2.77204913e-06 * a + 3.86207466e-05
         p = p * a - 0.000182547592
         p = p * a - 0.000145870144
@@ -114,32 +177,26 @@ def normal_tail(a, DTYPE: tl.constexpr):
         p = p * a - 0.459204912
         p = p * a - 1.15110576
         p = p * a - 1.0
-    else:
-        p = -0.000115073861 * a + 0.00314975134
-        p = p * a - 0.0358908214
-        p = p * a - 0.487466604
-        p = p * a - 1.13379872
-        p = p * a - 1.00171387
     return tl.exp2(p)
 
 
 @triton.jit
 def gelu(x, DTYPE: tl.constexpr):
-    """x Phi(x) of fp32 x, exact GELU: 8 instructions an element in bf16 where erf takes 32.
+    """Exact GELU of fp32 x: 8 instructions an element in bf16, where erf takes 32.
 
-    Error, measured over every finite bf16 number and 4 million fp32 ones in [-14, 14]: bf16, within 0.61 of half a unit
-    in the last place where the result is above 5e-15; fp32, within 0.8 * 2^-23 |x|.
+    Error over every finite bf16 number: within 0.61 of half a unit in the last place where the
+    result is above 5e-15; over 4 million fp32 numbers in [-14, 14]: within 0.8 * 2^-23 |x|.
     """
     a = tl.abs(x)
-    return tl.maximum(x, 0.0) - a * normal_tail(a, DTYPE)
+    return tl.maximum(x, 0.0) - a * normal_sf(a, DTYPE)
 
 
 @triton.jit
-def gelu_and_derivative(x, DTYPE: tl.constexpr):
-    """gelu(x) and its derivative Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi), of fp32 x."""
+def gelu_with_grad(x, DTYPE: tl.constexpr):
+    """gelu(x), and its derivative P(Z < x) + x exp(-x^2 / 2) / sqrt(2 pi), of fp32 x."""
     a = tl.abs(x)
-    tail = normal_tail(a, DTYPE)
-    # exp(-a^2 / 2) / sqrt(2 pi) as a power of 2, whose logarithm is -a^2 log2(e) / 2 - log2(2 pi) / 2
+    sf = normal_sf(a, DTYPE)
+    # The normal density as a power of 2, of -a^2 log2(e) / 2 - log2(2 pi) / 2.
     density = tl.exp2(a * a * -0.72134752 - 1.32574807)
-    left = tail - a * density  # the derivative at -a; that at a is 1 minus it
-    return tl.maximum(x, 0.0) - a * tail, tl.where(x < 0, left, 1.0 - left)
+    left = sf - a * density  # the derivative at -a; that at a is 1 minus it
+    return tl.maximum(x, 0.0) - a * sf, tl.where(x < 0, left, 1.0 - left)

@@ -1,95 +1,117 @@
-"""Muon in one launch for all matrices, one program a matrix, all on chip; optimizers.py says the same in PyTorch.
+"""Muon in one launch, one program a matrix, all on chip; schedule.Muon is the same in PyTorch.
 
-    S = u u^T, chunk by chunk of u;  five times P = Q P, S = Q S Q, Q = a I + b S + c S^2;  W -= lr P u, chunk by chunk
+    S = u u', chunk by chunk of u;  five times P = Q P, S = Q S Q, Q = a I + b S + c S^2;
+    W -= lr P u, chunk by chunk
 
-u is read twice and never stored, and whatever is repeated is (64, 64), as n, the shorter side of every matrix, is at most 64.
+u is read twice and never stored; what is iterated is (64, 64), n, the shorter side of every
+matrix, being at most 64.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.flat import FlatOptimizer
-from kernels.functions import padded
-from optimizers import COEFFICIENTS, EPS
+from kernels.functions import INTERPRETED, launch
+from schedule import COEFFICIENTS, EPS
 
-CHUNK, OPTIONS = 16, {"num_warps": 4}  # of those tried, what spills least
-# Three TF32 products of high and low halves are nearly an fp32 one; IEEE ones spill many times as much on NVIDIA's, and
-# AMD's matrix cores take fp32 as it is.
-PRODUCTS = "ieee" if torch.version.hip else "tf32x3"
+SIDE = 64  # of gram matrices
+CHUNK = SIDE if INTERPRETED else 16  # columns of a matrix that are read at once
 
 
 @triton.jit
-def update_at(gradient_ptr, mean_ptr, i, mask, momentum):
-    """The new running mean of gradients and Nesterov's update at places `i`."""
-    g = tl.load(gradient_ptr + i, mask=mask, other=0.0)
-    m = tl.load(mean_ptr + i, mask=mask, other=0.0)
+def nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum):
+    """The new running mean of gradients and the update, at offsets i."""
+    g = tl.load(grad_ptr + i, mask=mask, other=0.0)
+    m = tl.load(exp_avg_ptr + i, mask=mask, other=0.0)
     m += (1 - momentum) * (g - m)
     return m, g + momentum * (m - g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["averaging"])
 def muon_kernel(
-    gradient_ptr,  # (N,)
-    settings_ptr,  # (2,): rate, momentum
+    grad_ptr,  # (N,)
+    counter_ptr,  # (1,), int32, steps done in the epoch, this one included
+    hparams_ptr,  # (steps, 6): lr, momentum, ..., weight of the newest weights in the average
     coefficients_ptr,  # (STEPS, 3): a, b, c
-    layout_ptr,  # (programs, 3), int32: where a matrix begins, its rows, its columns
-    parameter_ptr, mean_ptr,  # (N,), changed in place
-    decay, eps,
-    STEPS: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr, PRODUCTS: tl.constexpr,
+    layout_ptr,  # (programs, 3), int32: offset of a matrix, its rows, its columns
+    param_ptr, exp_avg_ptr, average_ptr,  # (N,), updated in place
+    weight_decay, eps, averaging,
+    STEPS: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     layout_ptr += 3 * tl.program_id(0)
-    begin, rows, columns = tl.load(layout_ptr), tl.load(layout_ptr + 1), tl.load(layout_ptr + 2)
-    lr, momentum = tl.load(settings_ptr), tl.load(settings_ptr + 1)
+    start, rows, columns = tl.load(layout_ptr), tl.load(layout_ptr + 1), tl.load(layout_ptr + 2)
+    hparams_ptr += (tl.load(counter_ptr) - 1) * 6
+    lr, momentum = tl.load(hparams_ptr), tl.load(hparams_ptr + 1)
+    average_weight = tl.load(hparams_ptr + 5)
     n, m = tl.minimum(rows, columns), tl.maximum(rows, columns)
-    step_n, step_m = tl.where(rows <= columns, columns, 1), tl.where(rows <= columns, 1, columns)  # a tall matrix is read across
+    step_n = tl.where(rows <= columns, columns, 1)  # a tall matrix is read across
+    step_m = tl.where(rows <= columns, 1, columns)
     row, column = tl.arange(0, SIDE)[:, None], tl.arange(0, CHUNK)[None, :]
-    square = tl.zeros((SIDE, SIDE), tl.float32)
-    start = 0
-    while start < m:  # Triton 3.6 interprets no range that ends at a tensor
-        i, mask = begin + row * step_n + (start + column) * step_m, (row < n) & (start + column < m)
-        _, u = update_at(gradient_ptr, mean_ptr, i, mask, momentum)
-        square += tl.dot(u, tl.trans(u), input_precision=PRODUCTS)
-        start += CHUNK
+    gram = tl.zeros((SIDE, SIDE), tl.float32)
+    first = 0
+    while first < m:  # Triton 3.6 does not interpret a range that ends at a tensor
+        i = start + row * step_n + (first + column) * step_m
+        mask = (row < n) & (first + column < m)
+        _, u = nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum)
+        gram += tl.dot(u, tl.trans(u), input_precision=PRECISION)
+        first += CHUNK
     eye = tl.where(row == tl.arange(0, SIDE)[None, :], 1.0, 0.0)
-    norm = tl.sqrt(tl.sum(square * eye)) + eps
-    square, product = square / (norm * norm), eye
+    norm = tl.sqrt(tl.sum(gram * eye)) + eps
+    gram, product = gram / (norm * norm), eye
     for step in range(STEPS):
-        a, b, c = tl.load(coefficients_ptr + 3 * step), tl.load(coefficients_ptr + 3 * step + 1), tl.load(coefficients_ptr + 3 * step + 2)
-        q = a * eye + b * square + c * tl.dot(square, square, input_precision=PRODUCTS)
-        product = tl.dot(q, product, input_precision=PRODUCTS)
-        square = tl.dot(tl.dot(q, square, input_precision=PRODUCTS), q, input_precision=PRODUCTS)
-    size = lr * tl.sqrt(tl.maximum(rows / columns, 1.0)) / norm
-    start = 0
-    while start < m:
-        i, mask = begin + row * step_n + (start + column) * step_m, (row < n) & (start + column < m)
-        mean, u = update_at(gradient_ptr, mean_ptr, i, mask, momentum)
-        p = tl.load(parameter_ptr + i, mask=mask, other=0.0)
-        moved = size * tl.dot(product, u, input_precision=PRODUCTS)
-        tl.store(parameter_ptr + i, p * (1 - lr * decay) - moved, mask=mask)
-        tl.store(mean_ptr + i, mean, mask=mask)
-        start += CHUNK
+        abc = coefficients_ptr + 3 * step
+        q = tl.load(abc + 2) * tl.dot(gram, gram, input_precision=PRECISION)
+        q += tl.load(abc) * eye + tl.load(abc + 1) * gram
+        product = tl.dot(q, product, input_precision=PRECISION)
+        gram = tl.dot(q, gram, input_precision=PRECISION)
+        gram = tl.dot(gram, q, input_precision=PRECISION)
+    scale = lr * tl.sqrt(tl.maximum(rows / columns, 1.0)) / norm
+    first = 0
+    while first < m:
+        i = start + row * step_n + (first + column) * step_m
+        mask = (row < n) & (first + column < m)
+        exp_avg, u = nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum)
+        p = tl.load(param_ptr + i, mask=mask, other=0.0) * (1 - lr * weight_decay)
+        p -= scale * tl.dot(product, u, input_precision=PRECISION)
+        tl.store(param_ptr + i, p, mask=mask)
+        tl.store(exp_avg_ptr + i, exp_avg, mask=mask)
+        in_average = mask & (averaging != 0)
+        average = tl.load(average_ptr + i, mask=in_average, other=0.0)
+        tl.store(average_ptr + i, average + average_weight * (p - average), mask=in_average)
+        first += CHUNK
 
 
-class Muon(FlatOptimizer):
-    """optimizers.Muon for matrices whose shorter side is at most 64, on one device."""
+def layout(params, num_chunks, device):
+    """(matrices, 3), int32: offset in the flat parameters, rows and columns of every matrix;
+    num_chunks[p] are stacked in a parameter p of Muon's.
+    """
+    matrices, offset = [], 0
+    for p in params:
+        if p in num_chunks:
+            rows, columns = len(p) // num_chunks[p], p.numel() // len(p)
+            ends = range(offset, offset + p.numel(), rows * columns)
+            matrices += [[start, rows, columns] for start in ends]
+        offset += p.numel()
+    return torch.tensor(matrices, dtype=torch.int32, device=device)
 
-    def __init__(self, parameters, stacked, weight_decay):
-        super().__init__(parameters, settings=2)
-        layout, begin = [], 0
-        for p, count in zip(self.parameters, stacked):
-            rows, columns = len(p) // count, p.numel() // len(p)
-            layout += [[begin + i * rows * columns, rows, columns] for i in range(count)]
-            begin += p.numel()
-        self.layout = torch.tensor(layout, dtype=torch.int32, device=self.flat.device)
-        self.coefficients = torch.tensor(COEFFICIENTS, device=self.flat.device)
-        self.side, self.weight_decay = padded(max(min(shape) for _, *shape in layout)), weight_decay
 
-    def prepare(self, lr, momentum):
-        self.tell(lr, momentum)
+def options(target):
+    """Three TF32 products of high and low halves are nearly an fp32 one, and spill less. There is
+    no TF32 before sm_80, AMD's matrix cores take fp32 as it is, and on sm_100 Triton 3.7.1 turns
+    the kernel into a trap.
+    """
+    has_tf32 = isinstance(target.arch, int) and target.arch >= 80 and target.arch // 10 != 10
+    precision = "tf32x3" if has_tf32 else "ieee"
+    is_amd = isinstance(target.arch, str)
+    return {"PRECISION": precision, "num_warps": target.num_warps(has_tf32 or is_amd)}
 
-    def step(self):
-        inputs = self.gradient(), self.settings, self.coefficients, self.layout
-        numbers = self.weight_decay, EPS, len(COEFFICIENTS)
-        with torch.cuda.device_of(self.flat):
-            muon_kernel[(len(self.layout),)](*inputs, self.flat, self.mean, *numbers, self.side, CHUNK, PRODUCTS, **OPTIONS)
+
+def step(state, matrices, weight_decay, target):
+    """Update every matrix; `state` has the flat buffers and the tables of FusedStep."""
+    args = state.grad, state.counter, state.hparams, state.coefficients, matrices
+    buffers = state.param, state.exp_avg, state.average
+    sizes = {"STEPS": len(COEFFICIENTS), "SIDE": SIDE, "CHUNK": CHUNK}
+    launch(
+        muon_kernel, len(matrices), *args, *buffers, weight_decay, EPS, int(state.averaging),
+        **sizes, **options(target),
+    )  # fmt: skip

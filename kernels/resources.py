@@ -1,7 +1,6 @@
-"""What every kernel takes of a GPU, read off the compiled code: no GPU is needed.
+"""What the kernels that a step launches take of a GPU, read off compiled code: no GPU needed.
 
-Registers a thread, spilled bytes a thread, shared memory a program, matrix instructions and all instructions, for the
-network's own sizes. The compilers are those inside the triton package; needs TRITON_INTERPRET to be unset.
+The compilers are those inside the triton package; TRITON_INTERPRET must be unset.
 """
 
 import re
@@ -14,92 +13,103 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adamw, attention, augment, mlp, muon, stem
+from kernels.functions import DTYPES, Target
+from kernels.step import kernel_name, record_launches
+from schedule import RECIPES
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# What lies in memory; all else is fp32.
-KINDS = {
-    **dict.fromkeys(("x_ptr", "z_ptr", "dz_ptr", "dx_ptr", "images_ptr"), "working dtype"),
-    **dict.fromkeys(("indices_ptr", "offsets_ptr", "corners_ptr"), "*i64"),
-    **dict.fromkeys(("flipped_ptr", "warped_ptr", "cut_ptr"), "*i1"),
-    "pictures_ptr": "*u8",
-    "layout_ptr": "*i32",
-}
-REALS = {"scale", "decay", "beta2", "eps"}  # numbers that are no counts
-COLUMNS = "kernel", "dtype", "target", "registers", "spilled_bytes", "shared_bytes", "matrix_instructions", "instructions"
-
-
-def cases(dtype):
-    """(name, kernel, constants) of every kernel, for the network of vit.py at its standard sizes."""
-
-    def like(*shape):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    half_block = attention.constants(like(1, 33, 64), like(192, 64), 4, 1e-5)
-    yield "attention forward", attention.forward_kernel, half_block
-    yield "attention backward", attention.backward_kernel, half_block
-    yield "mlp forward", mlp.forward_kernel, mlp.constants(like(33, 64), like(64, 64), 1e-5)
-    yield "mlp backward", mlp.backward_kernel, mlp.constants(like(33, 64), like(64, 64), 1e-5)
-    weights = like(1, 3, 32, 32), like(32, 32, 2, 2), like(64, 256)
-    yield "stem forward", stem.forward_kernel, stem.forward_constants(*weights)
-    yield "stem backward", stem.backward_kernel, stem.backward_constants(*weights)
-    for recipe, steps in (("default", {"BORDER": "reflect", "WARP": False, "CUT": 0}), ("original", {"BORDER": "wrap", "WARP": True, "CUT": 8})):
-        yield f"augment {recipe}", augment.augment_kernel, {"FLIP": True, "S": 32, "PIXELS": 1024, **steps}
-    if dtype == torch.float32:  # parameters are in no other
-        yield "adamw", adamw.adamw_kernel, {"BLOCK": adamw.BLOCK}
-        yield "muon", muon.muon_kernel, {"STEPS": len(muon.COEFFICIENTS), "SIDE": 64, "CHUNK": muon.CHUNK, "PRODUCTS": "tf32x3", **muon.OPTIONS}
+# Shared memory, in KB, that one program may have. T4; A100; RTX 30; RTX 40; H100; B200; RTX 50;
+# MI300; RX 7900.
+SHARED_KB = {
+    "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
+    "gfx942": 64, "gfx1100": 64,
+}  # fmt: skip
+TARGETS = tuple(SHARED_KB)
+COLUMNS = (
+    "kernel", "dtype", "target", "warps", "registers", "spilled_bytes", "shared_bytes",
+    "shared_limit", "matrix_instructions", "wgmma", "instructions",
+)  # fmt: skip
+TYPES = {
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
+    **{dtype: f"*{name}" for dtype, name in DTYPES.items()},
+}  # fmt: skip
 
 
-def compile_for(kernel, constants, dtype_name, target):
-    """`kernel` compiled for a target of TARGETS, as a launch would compile it."""
-    if "PRODUCTS" in constants and target.startswith("gfx"):
-        constants = {**constants, "PRODUCTS": "ieee"}
-    if "DTYPE" in kernel.arg_names:
-        constants = {**constants, "DTYPE": dtype_name}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            kind = KINDS.get(name, "*fp32")
-            signature[name] = f"*{dtype_name}" if kind == "working dtype" else kind
+def target_of(name, dtype):
+    return Target(dtype, int(name[3:]) if name[:2] == "sm" else name, 1024 * SHARED_KB[name])
+
+
+def half_dtype(target):
+    """bf16, and fp16 before sm_80, which has no bf16."""
+    return torch.float16 if target == "sm_75" else torch.bfloat16
+
+
+def compile_for(target, kernel, args, constants):
+    """A recorded launch, compiled as it would be on a target of TARGETS."""
+    signature, constexprs, attrs = {}, {}, {}
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    for i, name in enumerate(kernel.arg_names):
+        if i >= len(args):
+            signature[name], constexprs[name] = "constexpr", constants[name]
+        elif torch.is_tensor(args[i]):
+            signature[name] = TYPES[args[i].dtype]
+            if args[i].data_ptr() % 16 == 0:
+                attrs[i,] = [["tt.divisibility", 16]]
+        elif args[i] == 1 and not kernel.params[i].do_not_specialize:
+            signature[name], constexprs[name] = "constexpr", 1
         else:
-            signature[name] = "fp32" if name in REALS else "i32"
-    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
-    constexprs = {name: value for name, value in constants.items() if name not in options}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    return triton.compile(ASTSource(kernel, signature, constexprs, aligned), target=TARGETS[target], options=options)
+            signature[name] = "fp32" if isinstance(args[i], float) else "i32"
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if target[:2] == "sm" else None
+    gpu = gpu or GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    return triton.compile(ASTSource(kernel, signature, constexprs, attrs), gpu, options)
 
 
-def measure(compiled, target):
-    """A compiled kernel's registers, spilled bytes, shared bytes and instructions, by name."""
-    found = {"shared_bytes": compiled.metadata.shared}
-    if target.startswith("gfx"):
+def measure(compiled):
+    """Registers and spilled bytes of a thread, and instructions, by the names of COLUMNS."""
+    if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
-        number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+        registers, spilled = (
+            int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+            for name in ("vgpr_count", "vgpr_spill_count")
+        )
         code = re.findall(r"^\t([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)", assembly, re.M)
-        found["registers"], found["spilled_bytes"] = number("vgpr_count"), 4 * number("vgpr_spill_count")
-        found["matrix_instructions"], found["instructions"] = sum("mfma" in op for op in code), len(code)
-        return found
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-        code = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-    number = lambda name: int(re.search(rf"\b{name}:(\d+)", usage.stdout + usage.stderr)[1])
-    operations = [op for op in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", code) if op != "NOP"]
-    # A kernel has a stack for the registers that it spills; those of sin and cos, which keep a table there, for 32 bytes more.
-    found["registers"], found["spilled_bytes"] = number("REG"), number("STACK") + number("LOCAL")
-    found["matrix_instructions"] = sum(op in ("HGMMA", "HMMA") for op in operations)
-    found["instructions"] = len(operations)
-    return found
+        spilled, is_matrix = 4 * spilled, re.compile(r"v_(mfma|wmma)").match
+    else:
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            run = lambda *command: subprocess.run([*command, cubin], capture_output=True, text=True)
+            usage = run(tools / "cuobjdump", "-res-usage")
+            listing = run(tools / "nvdisasm", "-c").stdout
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+        registers, spilled = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", listing)
+        is_matrix = re.compile(r"U?T?C?[HQIO]G?MMA").match
+    return {
+        "registers": registers, "spilled_bytes": spilled,
+        "matrix_instructions": sum(map(bool, map(is_matrix, code))),
+        "instructions": sum(op != "NOP" for op in code),
+    }  # fmt: skip
 
 
-def rows(targets=TARGETS):
-    """A dict of COLUMNS for every kernel, dtype and target, one at a time."""
-    for dtype_name, dtype in DTYPES.items():
-        for name, kernel, constants in cases(dtype):
-            for target in targets:
-                yield {"kernel": name, "dtype": dtype_name, "target": target, **measure(compile_for(kernel, constants, dtype_name, target), target)}
+def rows(targets=TARGETS, kernels=("",), dtypes=("half", "fp32")):
+    """A dict of COLUMNS for every kernel whose name contains one of `kernels`."""
+    for target in targets:
+        for dtype in (half_dtype(target) if name == "half" else torch.float32 for name in dtypes):
+            seen = []
+            for kernel, _, args, constants in record_launches(
+                RECIPES["default"], dtype, target_of(target, dtype)
+            ):
+                name = kernel_name(kernel) + " cls" * constants.get("CLS_ONLY", False)
+                if name in seen or not any(part in name for part in kernels):
+                    continue
+                seen.append(name)
+                compiled = compile_for(target, kernel, args, constants)
+                yield {
+                    "kernel": name, "dtype": DTYPES[dtype], "target": target,
+                    "warps": compiled.metadata.num_warps,
+                    "shared_bytes": compiled.metadata.shared,
+                    "shared_limit": 1024 * SHARED_KB[target],
+                    "wgmma": compiled.asm.get("ptx", "").count("wgmma.mma_async"),
+                    **measure(compiled),
+                }  # fmt: skip

@@ -1,108 +1,114 @@
-"""Every kernel compiled for three GPUs, in a process of its own, as the tests' own runs the interpreter; and bench_gpu's rows."""
+"""bench.py: what its variants compute, its table, and that a failure costs one row."""
 
-import os
-import subprocess
-import sys
+import dataclasses
+from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-import bench as bench_script
-import bench_gpu
-import files
-from cli import RunError
-
-triton = pytest.importorskip("triton")  # not on every platform
+import bench
+from augment import affine
+from cli import read_csv
+from schedule import RECIPES, Recipe
 
 
-def bench(*arguments, **environment):
-    environment = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **environment}
-    return subprocess.run([sys.executable, "bench.py", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def tiny(monkeypatch):
+    """A recipe with batches of 4; bench's matrix product is small."""
+    recipe = dataclasses.replace(RECIPES["default"], batch_size=4)
+    monkeypatch.setitem(RECIPES, "default", recipe)
+    monkeypatch.setitem(bench.SIDE, "cpu", 16)
+    only = {"csv": None, "rounds": 2, "scaling": False}
+    return Namespace(recipe="default", steps=2, device="cpu", only=["step"], **only)
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    file = tmp_path_factory.mktemp("resources") / "resources.csv"
-    done = bench("--resources", "--csv", file)
-    assert done.returncode == 0, done.stderr
-    rows = {(row["kernel"], row["dtype"], row["target"]): row for row in files.read_csv(file)}
-    assert all(f"| {row['registers']} | {row['spilled_bytes']} |" in done.stdout for row in rows.values())
-    return rows
+def test_per_image_augmentation(small):
+    """A wrapped crop and a flip only move pixels; affine without a range does nothing."""
+    images, labels = small.train_images[:6], small.train_labels
+    padding = (0, 0), (16, 16), (16, 16), (0, 0)
+    padded = np.pad(images.permute(0, 2, 3, 1).numpy(), padding, "wrap")
+    crop_and_flip = Recipe(crop_padding=4, padding_mode="wrap", flip_p=1.0)
+    batch, found = bench.augment_one_by_one(padded, labels, crop_and_flip, [5, 1])
+    assert found.tolist() == labels[[5, 1]].tolist() and batch.dtype == torch.uint8
+    shifts = [(y, x) for y in range(-4, 5) for x in range(-4, 5)]
+    for image, i in zip(batch, (5, 1)):
+        assert any(torch.equal(image, images[i].flip(2).roll(s, (1, 2))) for s in shifts)
+    still, _ = bench.augment_one_by_one(padded, labels, Recipe(affine_p=1.0), range(6))
+    assert torch.equal(still, images)
+    recipe, angles = Recipe(affine_p=1.0, degrees=15.0), torch.linspace(-0.27, 0.27, 55)
+    (turned,), _ = bench.augment_one_by_one(padded, labels, recipe, [2])
+    still = torch.zeros(55, 2), torch.ones(55)
+    expected = affine(images[2].expand(55, -1, -1, -1), *still, angles)
+    assert 0 < (turned - expected).abs().mean((1, 2, 3)).min() < 2  # of 255
 
 
-KERNELS = [f"{part} {way}" for part in ("attention", "mlp", "stem") for way in ("forward", "backward")]
+@pytest.mark.parametrize("variant", ["per-image-fp32", "eager-bf16", "auto-fp32"])
+def test_a_variant_trains_and_is_measured(tiny, variant):
+    (sample,), failure = bench.time_variant(tiny, "step", variant)
+    assert failure is None and sample["part"] == "step"
+    assert float(sample["error"]) < (0.05 if "bf16" in variant else 1e-5)
+    assert sample["images_per_second"] == pytest.approx(4000 / sample["ms"])
+    assert sample["percent_of_peak"] > 0 and float(sample["first_ms"]) > 0
 
 
-def test_every_kernel_compiles_for_every_target(rows):
-    expected = {(kernel, dtype, target) for kernel in KERNELS for dtype in ("bf16", "fp32") for target in ("sm_80", "sm_90", "gfx942")}
-    assert rows.keys() >= expected
-    assert {kernel for kernel, _, _ in rows.keys() - expected} == {"adamw", "muon", "augment default", "augment original"}
+@pytest.mark.parametrize("mode", ["eager", "sdpa", "auto"])
+def test_half_blocks_agree_with_float64(monkeypatch, mode):
+    """The half-blocks of a GPU, on a CPU; the fused one in Triton's interpreter."""
+    testing = pytest.importorskip("triton.testing")
+    results = []
+    fake = lambda call, return_mode: results.append(call()) or [1.0]
+    monkeypatch.setattr(testing, "do_bench_cudagraph", fake)
+    dtype = torch.float32 if mode == "auto" else torch.bfloat16
+    forward, backward = bench.time_attention(mode, dtype, 2, torch.device("cpu"))
+    assert (forward[0], backward[0]) == ("attention forward", "attention with backward")
+    assert backward[2] == 3 * forward[2] > 0  # operations
+    assert float(backward[4]["error"]) < (1e-5 if mode == "auto" else 0.05)
+    assert not any(tensor.requires_grad for tensor in (results[0], *results[1]))
 
 
-@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "stem backward"])
-def test_no_registers_spill_in_bf16_on_sm_90(rows, kernel):
-    assert rows[kernel, "bf16", "sm_90"]["spilled_bytes"] == "0"
+def test_a_failure_costs_its_own_row(tiny, tmp_path):
+    """Relative times are round by round; what a failing variant measured before is kept."""
+    tiny.csv, ms = tmp_path / "bench.csv", iter([20.0, 10.0, 60.0, 20.0])
+
+    def works():
+        text = {"images_per_second": 1.0, "percent_of_peak": 50.0, "error": "1e-3", "first_ms": "9"}
+        return [{"part": "step", "ms": next(ms), **text}], None
+
+    calls = {("step", "slow"): works, ("step", "auto"): works}
+    slow, _ = bench.measure(calls, tiny, "auto", {"cpu": "x"})
+    assert (slow["ms"], slow["relative_time"], slow["range"]) == ("40", "2.50", "2.00 to 3.00")
+    calls["step", "broken"] = lambda: ([], "no compiler")
+    calls["attention", "half"] = lambda: ([works()[0][0] | {"part": "forward"}], "no backward")
+    tiny.rounds, ms = 1, iter([20.0, 10.0, 7.0])
+    bench.measure(calls, tiny, "auto", {"cpu": "x"})
+    slow, auto, half, broken, failed = read_csv(tiny.csv)
+    assert (slow["ms"], slow["relative_time"], auto["relative_time"]) == ("20", "2.00", "1.00")
+    assert (half["part"], half["ms"], half["relative_time"]) == ("forward", "7", "nan")
+    assert (broken["ms"], broken["note"]) == ("nan", "failed: no compiler")
+    assert (failed["part"], failed["note"]) == ("attention", "failed: no backward")
 
 
-@pytest.mark.skipif(not triton.__version__.startswith(("3.6.", "3.7.")), reason="other compilers need a few registers more")
-@pytest.mark.parametrize("kernel, dtype", [(kernel, "fp32") for kernel in KERNELS[:-1]] + [("stem backward", "bf16")])
-def test_nor_do_these_with_the_compilers_that_were_tried(rows, kernel, dtype):
-    assert rows[kernel, dtype, "sm_90"]["spilled_bytes"] == "0"
+def test_what_was_measured_before_a_failure_is_kept(tiny, monkeypatch):
+    def time_attention(*args):
+        yield "attention forward", 4, 1.0, [2.0], {}
+        raise RuntimeError("no capture\nand more")
+
+    monkeypatch.setattr(bench, "time_attention", time_attention)
+    (sample,), failure = bench.time_variant(tiny, "attention", "eager-fp32")
+    assert (sample["ms"], failure) == (2.0, "no capture")
 
 
-def test_spills_are_seen_where_there_are_some(rows):
-    assert int(rows["stem backward", "fp32", "sm_90"]["spilled_bytes"]) > 0  # known, and what a spill looks like
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_bf16_products_run_on_tensor_cores(rows, kernel):
-    assert all(int(rows[kernel, "bf16", target]["matrix_instructions"]) > 0 for target in ("sm_80", "sm_90", "gfx942"))
-    assert int(rows[kernel, "fp32", "sm_90"]["matrix_instructions"]) == 0  # IEEE fp32, not TF32
-
-
-def test_attention_forward_leaves_shared_memory_for_four_programs(rows):
-    assert int(rows["attention forward", "bf16", "sm_90"]["shared_bytes"]) <= 48 * 1024
-    assert int(rows["attention forward", "fp32", "sm_90"]["shared_bytes"]) <= 48 * 1024
-
-
-def test_resources_are_not_read_in_the_interpreter():
-    done = bench("--resources", TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert done.stderr == "bench.py: error: --resources compiles the kernels; unset TRITON_INTERPRET\n"
-
-
-def test_half_blocks_of_pytorch_are_timed_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(bench_gpu, "BATCH", 2)
-    rows = bench_gpu.measure(None, torch.device("cpu"))
-    parts = ["attention half-block, forward", "attention half-block, forward and backward"]
-    assert [(row["what"], row["way"]) for row in rows] == [(what, way) for way in ("eager", "scaled_dot_product_attention") for what in parts]
-    assert all(float(row["us"]) > 0 and float(row["error"]) < bench_gpu.ALLOWED_ERROR and row["gpu"] == "none" for row in rows)
-    assert all(row["bandwidth_percent"] == row["matrix_percent"] == "" for row in rows)  # no ceiling was measured
-
-
-def test_a_way_that_is_wrong_or_fails_gives_no_figure(monkeypatch):
-    monkeypatch.setattr(bench_gpu, "BATCH", 2)
-    ways, module = bench_gpu.half_block_ways(torch.device("cpu"))
-    working = ways["eager"][1]
-    broken = {"wrong": (lambda x: working(x) * 1.1, working), "failing": (lambda x: x @ x, working)}
-    monkeypatch.setattr(bench_gpu, "half_block_ways", lambda device: (broken, module))
-    wrong, failing = bench_gpu.measure(None, torch.device("cpu"))
-    assert wrong["us"] == failing["us"] == "" and wrong["range"].startswith("failed: off by 1.0e-01 from float64")
-    assert failing["range"].startswith("failed: ")
-
-
-def test_shares_are_of_the_measured_ceilings():
-    row = bench_gpu.timed("what", (100.0, 90.0, 120.0), 1e-3, 43e6, 7.9e9, (4.3e12, 790e12))
-    assert (row["us"], row["range"], row["bandwidth_percent"], row["matrix_percent"]) == ("100.0", "90.0 to 120.0", "10.0", "10.0")
-    with pytest.raises(RunError, match="off by"):
-        bench_gpu.timed("what", (100.0, 90.0, 120.0), float("nan"), 43e6, 7.9e9, (None, None))
-
-
-def test_scaling_compares_round_by_round(tmp_path, monkeypatch, invoke):
-    told = {1: [20.0, 40.0], 2: [10.0, 25.0]}
-    monkeypatch.setattr(bench_script, "measure", lambda commands, rounds, **_: {ranks: [{"steps": [ms], "all_reduce": 0.5} for ms in told[ranks]] for ranks in commands})
-    status, out, _ = invoke(bench_script, ["--scaling", "--rounds", 2, "--csv", tmp_path / "scaling.csv"])
-    one, two = files.read_csv(tmp_path / "scaling.csv")
-    assert status == 0 and "| 2 | 17.5 | 1.80 | 1.60 to 2.00 | 0.50 |" in out
-    assert (one["times_one_rank_range"], one["all_reduce_ms"], two["ranks"]) == ("1.00 to 1.00", "", "2")
+def test_every_variant_runs_in_its_own_process(tiny, tmp_path, monkeypatch, invoke):
+    monkeypatch.setitem(bench.MODES, "cpu", ["eager"])
+    monkeypatch.setattr(bench, "supports_bf16_matmul", lambda device: False)
+    parts = "--only", "step", "--only", "attention"  # a CPU has no CUDA graphs: it fails
+    args = [*parts, "--rounds", 1, "--steps", 1, "--csv", tmp_path / "bench.csv"]
+    status, out, err = invoke(bench, args)
+    assert (status, err) == (0, "") and "no rows in bf16" in out
+    step, attention = read_csv(tmp_path / "bench.csv")
+    assert step["variant"] == "eager-fp32" and float(step["ms"]) > 0 and step["recipe"] == "default"
+    assert step["note"] == "" and attention["note"].startswith("failed: ")
+    assert f"| step | eager-fp32 | {step['ms']} |" in out
+    monkeypatch.setattr(bench, "TIMEOUT", 0.1)
+    assert bench.in_process(tiny, "step", "auto-fp32") == ([], "TimeoutError")

@@ -1,71 +1,95 @@
-"""Confusion matrix, classification report and the choice of misclassified pictures."""
+"""The classification report, the script, and figures with hostile names."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_model, save_small_checkpoint
+from PIL import Image
 
-from engine import balanced_choice, score
+import evaluate
+import plots
+from augment import Normalize
+from data import load_for_checkpoint
 from evaluate import classification_report, confusion_matrix, matrix_text
+from schedule import OneCycle
+from trainer import loss_and_accuracy
 
 LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
 PREDICTIONS = torch.tensor([0, 0, 0, 1, 2, 1, 1, 0, 2, 2, 2, 2])
-MATRIX = torch.tensor([[3, 1, 1], [1, 2, 0], [0, 0, 4]])
-
-# What scikit-learn 1.7 prints for the two cases.
 REPORT = """\
               precision    recall  f1-score   support
 
          cat       0.75      0.60      0.67         5
   automobile       0.67      0.67      0.67         3
            a       0.80      1.00      0.89         4
+        none       0.00      0.00      0.00         0
 
     accuracy                           0.75        12
-   macro avg       0.74      0.76      0.74        12
-weighted avg       0.75      0.75      0.74        12"""
-REPORT_WITH_AN_EMPTY_CLASS = """\
-                        precision    recall  f1-score   support
-
-                   cat       0.80      0.80      0.80         5
-a very long class name       0.67      0.67      0.67         3
-                  none       0.00      0.00      0.00         0
-
-              accuracy                           0.75         8
-             macro avg       0.49      0.49      0.49         8
-          weighted avg       0.75      0.75      0.75         8"""
+   macro avg       0.55      0.57      0.56        12
+weighted avg       0.75      0.75      0.74        12"""  # as scikit-learn prints it
 
 
-def test_rows_are_actual_and_columns_predicted():
-    assert torch.equal(confusion_matrix(LABELS, PREDICTIONS, 3), MATRIX)
-    assert confusion_matrix(LABELS, PREDICTIONS, 5).shape == (5, 5)
+def test_confusion_matrix_and_report():
+    matrix, names = confusion_matrix(LABELS, PREDICTIONS, 4), ["cat", "automobile", "a", "none"]
+    assert matrix.tolist() == [[3, 1, 1, 0], [1, 2, 0, 0], [0, 0, 4, 0], [0, 0, 0, 0]]
+    rows = [line.split() for line in matrix_text(matrix, names).splitlines()]
+    assert rows[0] == ["0", "1", "2", "3"] and rows[1] == ["cat", "0", "3", "1", "1", "0"]
+    assert classification_report(matrix, names) == REPORT
 
 
-@pytest.mark.parametrize("labels, predictions", [([0, 3], [0, 0]), ([0, 0], [0, -1]), ([0], [0, 1])])
-def test_a_class_outside_the_matrix_is_refused(labels, predictions):
-    with pytest.raises(ValueError):
-        confusion_matrix(torch.tensor(labels), torch.tensor(predictions), 3)
+def test_script(small, small_shapes, tmp_path, invoke, monkeypatch):
+    path, loaded = tmp_path / "run" / "best.pt", []
+    config = {"data_sha256": small.fingerprint(), "data_dir": "../elsewhere", "recipe": "\x1b[31m"}
+    save_small_checkpoint(path, small, **config)
+    monkeypatch.chdir(path.parent)
+    load = lambda *args: loaded.append(args) or load_for_checkpoint(*args)
+    monkeypatch.setattr(evaluate, "load_for_checkpoint", load)
+    status, out, err = invoke(evaluate, ["--ckpt", path, "--tta", "flip", "--n", 7])
+    assert (status, err) == (0, "") and loaded[0][1:3] == (None, "./data")
+    assert "recipe \\x1b[31m) on shapes, 100 test images\n" in out
+    images, model = Normalize(small.mean, small.std, "cpu")(small.test_images), make_model()
+    logits, flipped = model(images), model(images.flip(3))
+    for name, values in (("\n", logits), ("averaged in: ", (logits + flipped) / 2)):
+        loss, accuracy = loss_and_accuracy(values, small.test_labels)
+        assert f"{name}accuracy {accuracy:.2f} %, cross entropy {loss:.4f} nats\n" in out
+    written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")}
+    assert written == {"run", "run/best.pt", "run/confusion.png", "run/misclassified.png"}
+    with Image.open(path.parent / "misclassified.png") as image:
+        assert image.height > 500  # seven images are two rows
 
 
-def test_report_is_scikit_learns():
-    assert classification_report(MATRIX, ["cat", "automobile", "a"]) == REPORT
-    matrix = torch.tensor([[4, 1, 0], [1, 2, 0], [0, 0, 0]])
-    assert classification_report(matrix, ["cat", "a very long class name", "none"]) == REPORT_WITH_AN_EMPTY_CLASS
+NAMES = ["$x_$", r"$\frac$", "\x1b[2J", "\udcff", "日本", "a\nb", "long name " * 30, *"abcd"]
+IMAGES, MAPS = torch.zeros(11, 3, 32, 32, dtype=torch.uint8), torch.rand(11, 2, 32, 32)
+ROW = {"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "train_accuracy": 1.0, "val_accuracy": 1.0}
+SWEEP = [{"lr": 0.1**k, "loss": k, "smoothed_loss": k, "train_accuracy": k} for k in (9, 5, 1)]
+SUGGESTIONS = {"$x_$": SimpleNamespace(lr=0.01), "valley": SimpleNamespace(lr=None)}
+FIGURES = {
+    "confusion": (plots.confusion_matrix, torch.eye(11).long(), NAMES),
+    "many": (plots.confusion_matrix, torch.eye(300).long(), NAMES[:10] * 30),
+    "images": (plots.image_grid, IMAGES, [f"{name}\n5 % {name}" for name in NAMES]),
+    "samples": (plots.sample_grid, [IMAGES], NAMES, ["original"]),
+    "curves": (plots.training_curves, [ROW], OneCycle(0.1, 3, 0.3, 10, 10), 3),
+    "maps": (plots.heat_maps, IMAGES, NAMES, MAPS, [NAMES[:2]] * 11, NAMES[:2]),
+    "lr": (plots.lr_range, SWEEP, SUGGESTIONS, "$x_$", "exp"),
+}
 
 
-def test_matrix_text_has_every_count_in_its_place():
-    rows = [line.split() for line in matrix_text(MATRIX, ["cat", "dog", "frog"]).splitlines()]
-    assert rows == [["0", "1", "2"], ["cat", "0", "3", "1", "1"], ["dog", "1", "1", "2", "0"], ["frog", "2", "0", "0", "4"]]
-
-
-def test_mistakes_come_from_every_actual_class_in_turn():
-    labels = torch.tensor([0, 0, 0, 0, 1, 2, 2])
-    predictions = torch.tensor([1, 2, 0, 1, 0, 2, 1])
-    assert balanced_choice(labels, predictions != labels, 4).tolist() == [0, 4, 6, 1]
-    assert balanced_choice(labels, predictions != labels, 100).tolist() == [0, 4, 6, 1, 3]
-    assert balanced_choice(labels, labels != labels, 4).tolist() == []
-
-
-def test_score_is_the_mean_over_pictures():
-    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
-    labels = torch.tensor([0, 1, 1])
-    loss, accuracy = score(logits, labels)
-    expected = -(logits.softmax(1)[range(3), labels]).log().mean()
-    assert loss == pytest.approx(expected.item(), rel=1e-6) and accuracy == pytest.approx(200 / 3)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_take_any_name(name, tmp_path):
+    function, *args = FIGURES[name]
+    figure = function(*args, "$x_$" * 99, *["val"] * (name == "curves"))
+    plots.save_figure(figure, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG" and max(image.size) < 3000
+    legend, limits = figure.axes[0].get_legend(), figure.axes[0].get_xlim()
+    labels = [text.get_text() for text in legend.get_texts()] if legend else []
+    if name == "curves":
+        assert labels == ["train: 1 at the end", "held-out: 1 at the end"]
+        assert limits[1] > 1  # dots of the only epoch are not clipped
+    assert name != "lr" or labels[2:] == ["$x_$: 0.01, recommended"]
+    texts = figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    lines = [line for text in texts for line in text.get_text().split("\n")]
+    assert all(len(line) <= 10 * figure.get_figwidth() and line.isprintable() for line in lines)
+    assert "mathdefault" not in str(lines)

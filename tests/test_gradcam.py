@@ -1,320 +1,341 @@
-"""Heat maps: what they equal where the answer is known, what they leave untouched, and that they show what was learned."""
+"""Saliency maps where the answer is known, the measures that judge them, and the script."""
 
-import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_trainer
+import torch.nn.functional as F
+from conftest import make_model, make_trainer, save_small_checkpoint, small_recipe, train_epochs
+from PIL import Image
 from torch import nn
 
 import data
+import faithfulness
 import gradcam
-from augment import Augmentation
-from gradcam import LAYER, METHODS, GradCAM, check_layer, has_grid, layer_shapes, to_unit
-from recipe import RECIPES
+import plots
+from augment import Normalize
+from cli import read_csv
+from gradcam import LAYER, METHODS, GradCAM, is_spatial
+from sources import SHAPE_NAMES
 
-GRADIENT_METHODS = list(gradcam.GRADIENT_METHODS)
+BASELINES = ["random pixels", "random grid", "center", "edges"]
 
 
-def pictures(count, seed=0):
+def noise(count, seed=0):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-class Small(nn.Module):
-    """A convolution, ReLU and a linear head, on the mean of each channel or on every position."""
-
-    def __init__(self, pooled):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.relu = nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.ReLU()
-        self.pooled, self.head = pooled, nn.Linear(5 if pooled else 5 * 16 * 16, 4)
-
-    def forward(self, images):
-        maps = self.relu(self.conv(images))
-        return self.head(maps.mean((2, 3)) if self.pooled else maps.flatten(1))
+def explain(model, layer, method, *args, **kwargs):
+    with GradCAM(model, layer, method) as cam:
+        return cam(*args, **kwargs)
 
 
-# --- maps whose answer is known ---
+def upsampled(maps):
+    return F.interpolate(maps[:, None], (32, 32), mode="bilinear", align_corners=False)[:, 0]
 
 
-@pytest.mark.parametrize("method", ["gradcam", "hirescam"])
-def test_with_global_average_pooling_it_is_cam(method):
-    model, images, targets = Small(pooled=True), pictures(6), torch.tensor([0, 1, 2, 3, 0, 1])
-    activations = model.relu(model.conv(images)).detach()
-    cam = torch.einsum("bk,bkhw->bhw", model.head.weight[targets].detach(), activations).relu()  # Zhou et al. 2016
-    assert torch.allclose(GradCAM(model, "relu", method)(images, targets), to_unit(cam, (32, 32)), atol=1e-5)
+def unit(maps):
+    return gradcam.normalize_map(upsampled(maps.relu()))
 
 
-def test_where_the_head_reads_positions_hirescam_does_and_gradcam_averages():
-    model, images, targets = Small(pooled=False), pictures(4), torch.tensor([3, 2, 1, 0])
-    activations = model.relu(model.conv(images)).detach()
-    weights = model.head.weight[targets].detach().view(4, 5, 16, 16)  # what is owed to each place adds up to logit - bias
-    for method, owed in (("hirescam", weights * activations), ("gradcam", weights.mean((2, 3), keepdim=True) * activations)):
-        expected = to_unit(owed.sum(1).relu(), (32, 32))
-        assert expected.amax((1, 2)).tolist() == [1] * 4
-        assert torch.allclose(GradCAM(model, "relu", method)(images, targets), expected, atol=1e-5)
+def small_cnn(pooled):
+    """A convolution, an in-place ReLU and a linear head on channel means or on every position."""
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.ReLU(inplace=True))
+    pool = nn.AdaptiveAvgPool2d(1 if pooled else 16)
+    return nn.Sequential(features, pool, nn.Flatten(), nn.Linear(5 if pooled else 5 * 256, 4))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_maps_of_a_linear_head(pooled):
+    model, images, targets = small_cnn(pooled), noise(4), torch.tensor([3, 2, 1, 0])
+    activations = model[0](images).detach()
+    weights = model[3].weight[targets].detach().view(4, 5, *([1, 1] if pooled else [16, 16]))
+    # With global average pooling both are CAM, Zhou et al. 2016, arXiv:1512.04150.
+    factors = {"hirescam": weights, "gradcam": weights.mean((2, 3), keepdim=True)}
+    for method, factor in factors.items():
+        expected = (factor * activations).sum(1)
+        with GradCAM(model, "0.1", method) as cam:
+            raw = cam(images, targets, normalize=False)
+            assert torch.allclose(cam(images, targets), unit(expected), atol=1e-5)
+        assert torch.allclose(raw, upsampled(expected.relu()) / (256 if pooled else 1), atol=1e-6)
+    # The gradient before an in-place ReLU is 0 where the ReLU is.
+    maps = explain(model, "0.0", "hirescam", images, targets)
+    assert torch.allclose(maps, unit((weights * activations).sum(1)), atol=1e-5)
 
 
 def test_gradcam_plus_plus_is_its_formula():
     generator = torch.Generator().manual_seed(0)
     activations, gradients = torch.randn(2, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
     activations = activations.abs()
-    gradients[0, 0] = 0  # a channel that does not matter has no weight, and divides nothing by nothing
-    expected = torch.zeros(2, 4, 4, dtype=torch.float64)
-    for b, k in itertools.product(range(2), range(3)):
-        weight, total = 0, activations[b, k].sum().item()
-        for g in gradients[b, k].flatten().tolist():
-            alpha = g**2 / (2 * g**2 + total * g**3) if g > 0 else 0
-            weight += alpha * max(g, 0)
-        expected[b] += weight * activations[b, k]
+    gradients[0, 0] = 0  # the formula is 0 / 0 here
+    g, total = gradients, activations.sum((2, 3), keepdim=True)
+    alpha = torch.where(g > 0, g**2 / (2 * g**2 + total * g**3), 0)
+    expected = ((alpha * g.relu()).sum((2, 3), keepdim=True) * activations).sum(1)
     assert torch.allclose(gradcam.gradcam_plus_plus(activations, gradients), expected, rtol=1e-10)
 
 
-def test_rollout_of_known_attention():
-    first = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]])
-    second = torch.tensor([[[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
-    # second, with its residual, gives CLS (1/2, 1/4, 1/4); first's rows are (1/2, 1/2, 0), (0, 1/2, 1/2), (0, 0, 1).
-    assert gradcam.rollout([first, second]).tolist() == [[0.25 + 0.125, 0.125 + 0.25]]
-    assert gradcam.rollout([torch.eye(3)[None]]).tolist() == [[0, 0]]
-
-
-def test_attention_maps_are_the_token_maps_weighted():
-    model, images, attentions = make_model(), pictures(3), []
+def test_attention_maps_are_weighted_token_maps():
+    model, images, flow = make_model(), noise(3), torch.eye(33)
+    x = torch.cat([model.cls_token.expand(3, -1, -1), model.stem(images)], 1) + model.pos_embedding
     for block in model.blocks:
-        block.attention.attend.register_forward_hook(lambda module, inputs, output: attentions.append(module.weigh(inputs[0])[0].mean(1)))
-    with GradCAM(model, LAYER, "attention") as cam:
-        maps = cam(images)
-        assert len(attentions) == 2 and attentions[0].shape == (3, 33, 33)
-        weights = gradcam.rollout(attentions)
+        q, k, _ = block.attention.qkv(block.attention.norm(x)).view(3, 33, 3, 4, 16).unbind(2)
+        weights = (torch.einsum("bihd,bjhd->bhij", q, k) / 4).softmax(-1).mean(1)  # (3, 33, 33)
+        flow = (weights + torch.eye(33)) / 2 @ flow
+        x = block(x)
     stem = model.stem
-    expected = torch.einsum("bc,bchw->bhw", weights, stem.gelu2(stem.conv2(stem.gelu1(stem.conv1(images)))))
-    assert torch.allclose(maps, to_unit(expected.relu(), (32, 32)), atol=1e-5)
-    assert torch.equal(cam(images, torch.tensor([0, 0, 0])), cam(images, torch.tensor([1, 2, 3])))
-
-
-def test_a_channels_weight_agrees_with_finite_differences(monkeypatch):
-    model, images, targets, channel, step = make_model().double(), pictures(2).double(), torch.tensor([3, 5]), 7, 1e-5
-    kept = {}
-    monkeypatch.setitem(gradcam.GRADIENT_METHODS, "gradcam", lambda a, g: kept.update(gradients=g) or a.sum(1))
-    GradCAM(model, LAYER, "gradcam")(images, targets)
-
-    def logits(change):
-        def add(module, inputs, output):
-            return output + change * (torch.arange(32) == channel).view(1, 32, 1, 1)
-
-        handle = model.stem.gelu2.register_forward_hook(add)
-        found = model(images).gather(1, targets[:, None])[:, 0]
-        handle.remove()
-        return found
-
-    slopes = (logits(step) - logits(-step)) / (2 * step)
-    weights = kept["gradients"].mean((2, 3))[:, channel]
-    assert weights.abs().min() > 1e-9 and torch.allclose(weights * 16 * 16, slopes, rtol=1e-6)
+    tokens = stem.gelu2(stem.conv2(stem.gelu1(stem.conv1(images))))
+    expected = unit(torch.einsum("bc,bchw->bhw", flow[:, 0, 1:], tokens))
+    assert torch.allclose(explain(model, LAYER, "attention", images), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="stem.conv2 and stem.gelu2"):
+        GradCAM(model, "stem.gelu1", "attention")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_is_its_pictures(method):
-    model, images, targets = make_model(), pictures(5), torch.tensor([0, 4, 9, 2, 2])
-    with GradCAM(model, method=method) as cam:
-        together = cam(images, targets)
+def test_batches_and_targets(method):
+    model, images, targets = make_model(), noise(5), torch.tensor([0, 4, 9, 2, 2])
+    with GradCAM(model, method=method) as cam, torch.no_grad():
+        maps, predicted = cam(images, targets), model(images).argmax(1)
         alone = torch.cat([cam(images[i : i + 1], targets[i : i + 1]) for i in range(5)])
-    assert together.shape == (5, 32, 32) and torch.allclose(together, alone, atol=1e-4)
-    assert together.amin((1, 2)).tolist() == [0] * 5 and together.amax((1, 2)).tolist() == [1] * 5
-
-
-@pytest.mark.parametrize("method", GRADIENT_METHODS)
-def test_maps_are_of_the_predicted_class_unless_told(method):
-    model, images = make_model(), pictures(4)
-    cam = GradCAM(model, method=method)
-    maps = cam(images)
-    assert torch.equal(cam.logits, model(images).detach())
-    assert torch.equal(maps, cam(images, model(images).argmax(1))) and torch.equal(maps, cam(images, model(images).argmax(1).tolist()))
-    assert not torch.allclose(maps, cam(images, model(images).argmin(1)), atol=0.1)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
-def test_a_constant_map_gives_zeros(value):
-    assert torch.equal(to_unit(torch.full((2, 15, 13), value), (32, 32)), torch.zeros(2, 32, 32))
-
-
-@pytest.mark.parametrize("method", GRADIENT_METHODS)
-def test_a_class_that_nothing_speaks_for_gives_zeros(method):
-    model = make_model()
-    nn.init.zeros_(model.head.weight)
-    assert torch.equal(GradCAM(model, method=method)(pictures(2)), torch.zeros(2, 32, 32))
-
-
-def test_bilinear_interpolation_keeps_the_place():
-    maps = torch.zeros(1, 16, 16)
-    maps[0, 3, 11] = 2.0
-    found = to_unit(maps, (32, 32))[0]
-    assert (found == 1).nonzero().tolist() == [[6, 22], [6, 23], [7, 22], [7, 23]] and found[8, 22] == pytest.approx(1 / 3)
-
-
-# --- what is left untouched ---
-
-
-def hooks_of(model):
-    return [hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())]
+        assert maps.shape == (5, 32, 32) and torch.allclose(maps, alone, atol=1e-4)
+        assert maps.amin((1, 2)).tolist() == [0] * 5 and maps.amax((1, 2)).tolist() == [1] * 5
+        assert torch.equal(cam(images), cam(images, predicted))
+        same = torch.equal(cam(images), cam(images, (predicted + 1) % 10))
+        assert same == (method == "attention")
+        model.head.weight.zero_()
+        assert cam(images).any() == (method == "attention")  # nothing speaks for any class
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_hooks_go_and_modes_and_gradients_stay(method):
-    model = make_model().train()
-    model.blocks[0].eval()
+def test_nothing_is_left_behind(method):
+    model = make_model()
+    hooks = lambda: [h for m in model.modules() for h in m._forward_hooks.values()]
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 > 0)
-        parameter.grad = torch.full_like(parameter, i) if i % 2 else None
-    before = [(p.grad, None if p.grad is None else p.grad.clone(), p.requires_grad, p.detach().clone()) for p in model.parameters()]
-    modes = [module.training for module in model.modules()]
-    with GradCAM(model, method=method) as cam:
-        assert not any(module.training for module in model.modules()) and hooks_of(model)
-        cam(pictures(2))
-    cam(pictures(2))
-    assert not hooks_of(model) and [module.training for module in model.modules()] == modes
-    for parameter, (grad, values, required, weights) in zip(model.parameters(), before):
-        assert parameter.grad is grad and (grad is None or torch.equal(grad, values))
-        assert parameter.requires_grad == required and torch.equal(parameter, weights)
+        parameter.grad = torch.full_like(parameter, i)
+    for images in (noise(2), torch.zeros(1, 3, 16, 16)):  # the second is refused by the network
+        try:
+            with GradCAM(model, method=method) as cam:
+                assert hooks()
+                cam(images)
+        except ValueError as error:
+            assert "16" in str(error)
+        assert not hooks()
+    for i, parameter in enumerate(model.parameters()):
+        assert parameter.requires_grad == (i % 3 > 0) and (parameter.grad == i).all()
 
 
-class Stopped(Exception):
-    pass
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("where", ["block", "forward", "pictures", "targets"])
-def test_an_exception_passes_and_leaves_nothing_behind(method, where, monkeypatch):
-    model = make_model().train()
-    if where == "forward":
-        monkeypatch.setattr(model.norm, "forward", lambda x: (_ for _ in ()).throw(Stopped))
-    with pytest.raises((Stopped, ValueError)):
-        with GradCAM(model, method=method) as cam:
-            if where == "block":
-                raise Stopped
-            cam(pictures(2)[:, :2] if where == "pictures" else pictures(2), [0, 10] if where == "targets" else None)
-    assert not hooks_of(model) and all(module.training for module in model.modules())
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("method", METHODS)
-def test_the_callers_mode_and_frozen_parameters_change_nothing(method, mode):
-    model, targets = make_model(), torch.tensor([1, 2])
-    expected = GradCAM(model, method=method)(pictures(2), targets)
-    for required in (True, False):
-        model.requires_grad_(required)
-        with mode():
-            assert torch.equal(GradCAM(model, method=method)(pictures(2), targets.clone()), expected)
-            assert not torch.is_grad_enabled()
-
-
-def test_a_block_within_its_own_block_is_refused():
+def test_layers_without_a_grid():
     model = make_model()
-    with GradCAM(model) as cam:
-        with pytest.raises(RuntimeError):
-            cam.__enter__()
-    assert not hooks_of(model)
+    assert is_spatial((1, 2, 2)) and not is_spatial((64, 33, 1)) and not is_spatial((33, 64))
+    for layer in ("blocks.0.attention.qkv", "stem", "head"):
+        with pytest.raises(ValueError, match=f"layer '{layer}' outputs .* no grid"):
+            explain(model, layer, "gradcam", noise(1))
 
 
-@pytest.mark.parametrize("targets", [[0, 10], [-1, 0], [0], [[0], [1]], 3])
-def test_targets_that_are_no_classes_are_refused(targets):
-    with pytest.raises(ValueError, match="2 classes from 0 to 9"):
-        GradCAM(make_model())(pictures(2), targets)
-
-
-# --- layers ---
-
-
-def test_the_stem_has_a_grid_and_nothing_else():
-    model = make_model()
-    shapes = layer_shapes(model, pictures(1))
-    assert not hooks_of(model) and set(shapes) == {name for name, _ in model.named_modules() if name}
-    assert {name: shape for name, shape in shapes.items() if has_grid(shape)} == {
-        "stem.conv1": (32, 32, 32), "stem.gelu1": (32, 32, 32), "stem.conv2": (32, 16, 16), "stem.gelu2": (32, 16, 16),
-    }  # fmt: skip
-    assert shapes["blocks.1"] == (33, 64) and shapes["head"] == (10,)
-    assert not has_grid((64, 33, 1)) and not has_grid((64, 1, 33))
-    for layer in ("stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"):
-        assert GradCAM(model, layer)(pictures(1)).shape == (1, 32, 32)
-
-
-@pytest.mark.parametrize("layer", ["blocks.0.attention.qkv", "stem", "head", "stem.gelu3", ""])
-def test_a_layer_without_a_grid_is_refused(layer):
-    model = make_model()
-    with pytest.raises(ValueError, match="maps can be read off stem.conv1, stem.gelu1, stem.conv2, stem.gelu2$"):
-        check_layer(layer, layer_shapes(model, pictures(1)))
-    with pytest.raises(ValueError, match=f"layer '{layer}'"):
-        GradCAM(model, layer)(pictures(1))
-    assert not hooks_of(model)
-
-
-@pytest.mark.parametrize("layer", ["stem.conv1", "stem.gelu1"])
-def test_attention_speaks_of_tokens_alone(layer):
-    with pytest.raises(ValueError, match="stem.conv2 and stem.gelu2"):
-        GradCAM(make_model(), layer, "attention")
-    with pytest.raises(ValueError):
-        GradCAM(Small(pooled=True), "relu", "attention")
-
-
-def test_a_method_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="gradcam, hirescam"):
-        GradCAM(make_model(), LAYER, "scorecam")
-
-
-# --- every method, and maps that know nothing ---
-
-
-def test_rivals_know_nothing_of_the_network():
+def test_baselines_do_not_know_the_network():
     images = torch.zeros(3, 3, 32, 32)
     images[:, :, :, 20:] = 1.0  # an edge between columns 19 and 20
-    maps = gradcam.rivals(images, (16, 16), torch.Generator().manual_seed(0))
-    assert list(maps) == ["random pixels", "random grid", "centre", "edges"]
-    assert all(heat.shape == (3, 32, 32) and heat.min() >= 0 and heat.max() <= 1 for heat in maps.values())
+    maps = gradcam.baselines(images, (16, 16), torch.Generator().manual_seed(0))
+    assert list(maps) == BASELINES
+    assert all(m.shape == (3, 32, 32) and m.min() >= 0 and m.max() <= 1 for m in maps.values())
+    assert not gradcam.normalize_map(upsampled(torch.full((2, 15, 13), 0.1))).any()  # rounding
     assert maps["edges"][0].nonzero()[:, 1].unique().tolist() == [19, 20]
-    assert (maps["centre"][0] == 1).nonzero().tolist() == [[15, 15], [15, 16], [16, 15], [16, 16]]
-    assert not torch.equal(maps["random grid"][0], maps["random grid"][1]) and not torch.equal(maps["random pixels"][0], maps["random pixels"][1])
+    assert (maps["center"][0] == 1).nonzero().unique().tolist() == [15, 16]
+    assert not any(torch.equal(*maps[name][:2]) for name in ("random grid", "random pixels"))
 
 
-# --- a network that has learned something ---
+def test_insertion_and_deletion_are_loops_over_images_and_steps():
+    generator, S, steps = torch.Generator().manual_seed(0), 32, faithfulness.STEPS
+    saliency, images = torch.rand(3, S, S, generator=generator), noise(3)
+    weights = torch.randn(3, S, S, generator=generator) / 20
+    score = lambda images: (images * weights).sum((1, 2, 3)).sigmoid()
+    results = faithfulness.evaluate(saliency, images, saliency > 0.7, score, generator)
+    square = (torch.arange(S)[:, None] - torch.arange(S)) ** 2
+    bell = (-square / (2 * faithfulness.BLUR_STD**2)).exp()
+    bell /= bell.sum(1, keepdim=True)
+    blurred = torch.einsum("yv,xu,bcvu->bcyx", bell, bell, images)
+    replaced = {"insertion": (blurred, images), "deletion": (images, torch.zeros_like(images))}
+    for i, (name, (start, end)) in itertools.product(range(3), replaced.items()):
+        order = saliency[i].flatten().argsort(descending=True)
+        image, values = start[i].clone().flatten(1), []
+        for step in range(steps + 1):
+            taken = order[: step * S * S // steps]
+            image[:, taken] = end[i].flatten(1)[:, taken]
+            values.append(score(image.view(1, 3, S, S)).item())
+        area = (sum(values) - (values[0] + values[-1]) / 2) / steps
+        assert results[name][i].item() == pytest.approx(area, abs=1e-5)
+    assert set(results) == set(faithfulness.MEASURES) and results["pointing"].tolist() == [1, 1, 1]
+    assert set(faithfulness.evaluate(saliency, images, None, score, generator)) == set(replaced)
+
+
+def test_ties_are_in_random_order():
+    end, saliency, seen = torch.ones(400, 3, 8, 8), torch.zeros(400, 8, 8), []
+    saliency[:, 7, 7] = 1
+    score = lambda images: seen.append(images[:, 0]) or torch.zeros(len(images))
+    generator = torch.Generator().manual_seed(0)
+    faithfulness.perturbation_curve(score, 0 * end, end, saliency, generator)
+    assert (seen[1][:, 7, 7] == 1).all() and (seen[1].sum((1, 2)) == 2).all()
+    half = seen[faithfulness.STEPS // 2].mean(0).flatten()[:63]
+    assert half.min() > 0.35 and half.max() < 0.65
+
+
+def test_pointing_games():
+    masks = torch.zeros(4, 4, 4, dtype=torch.bool)
+    masks[:, :2, :2] = True  # a quarter of the image
+    saliency = torch.zeros(4, 4, 4)
+    saliency[0, 1, 1], saliency[0, 3, 3] = 1.0, 0.5
+    saliency[1, 3, 3], saliency[1, 0, 0] = 1.0, 0.25
+    saliency[2, 0, 0] = saliency[2, 3, 0] = 1.0  # two maxima; the last map is zero
+    assert faithfulness.pointing_game(saliency, masks).tolist() == [1, 0, 0.5, 0.25]
+    energy = faithfulness.energy_pointing_game(saliency, masks).tolist()
+    assert energy == pytest.approx([2 / 3, 0.2, 0.5, 0.25])
+
+
+def test_summary_is_mean_and_standard_error():
+    rows = faithfulness.summarize({"a": {"insertion": torch.tensor([1.0, 2.0, 3.0, 4.0])}}, n=4)
+    assert rows[0] == {
+        "n": 4,
+        "map": "a",
+        "insertion": 2.5,
+        "insertion_se": pytest.approx(0.645497),
+    }
+    assert faithfulness.table(rows).splitlines()[2] == "| a | 2.500 +- 0.645 |"
 
 
 @pytest.fixture(scope="module")
-def learned():
-    """A network after a short training on shapes that knows half of them, and the data."""
-    dataset = data.load_shapes(train=2000, test=200)
-    small_start = {"l1": 0.0, "weight_decay": 0.05, "embedding_std": 0.02}
-    recipe = dataclasses.replace(RECIPES["original"], epochs=8, batch_size=100, max_lr=0.004, augmentation=Augmentation(), **small_start)
-    trainer = make_trainer(dataset, recipe)
-    for epoch in range(recipe.epochs):
-        _, accuracy = trainer.epoch(epoch, trainer.steps_per_epoch)
-    assert accuracy > 40
+def trained():
+    """A trainer after a short training on shapes, and the data."""
+    dataset = data.load_shapes(1000, 200)
+    init = {"l1": 0.0, "weight_decay": 0.05, "embed_init_std": 0.02}
+    trainer = make_trainer(dataset, small_recipe(epochs=8, batch_size=50, max_lr=0.004, **init))
+    assert train_epochs(trainer, 8)[-1][1] > 40  # percent
     return trainer, dataset
 
 
-def likeness(a, b):
-    """Mean over pictures of the magnitude of the correlation of two maps (B, S, S)."""
-    return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a.flatten(1), b.flatten(1))]).abs().nanmean()
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_maps_of_fresh_weights_do_not_resemble_those_of_trained_ones(learned, method):
-    """The sanity check of Adebayo et al. 2018, arXiv:1810.03292; weights hardly changed show that the measure can tell."""
-    trainer, dataset = learned
+def test_maps_depend_on_the_weights(trained, method):
+    """The sanity check of Adebayo et al. 2018, arXiv:1810.03292."""
+    trainer, dataset = trained
     images, labels = trainer.normalize(dataset.test_images), dataset.test_labels
     near, fresh = make_model(), make_model(seed=5)
-    near.load_state_dict({name: weight * 1.001 for name, weight in trainer.model.state_dict().items()})
-    maps, of_near, of_fresh = (GradCAM(model, method=method)(images, labels) for model in (trainer.model, near, fresh))
-    assert likeness(maps, of_near) > 0.99 and likeness(maps, of_fresh) < 0.5
+    near.load_state_dict({k: 1.001 * v for k, v in trainer.model.state_dict().items()})
+    models = trainer.model.eval(), near, fresh
+    maps = [explain(model, LAYER, method, images, labels).flatten(1) for model in models]
+    centered = [m - m.mean(1, keepdim=True) for m in maps]
+    similarity = [F.cosine_similarity(centered[0], m).abs().mean() for m in centered]
+    assert similarity[1] > 0.95 and similarity[2] < 0.5
 
 
-def test_maps_beat_chance(learned, monkeypatch):
-    monkeypatch.setattr(gradcam, "METRICS_BATCH", 20)
-    trainer, dataset = learned
+def test_maps_beat_chance(trained, monkeypatch):
+    monkeypatch.setattr(gradcam, "BATCH_SIZE", 20)
+    monkeypatch.setattr(faithfulness, "STEPS", 8)
+    trainer, dataset = trained
     images, masks = trainer.normalize(dataset.test_images[:50]), dataset.test_masks[:50]
-    found = gradcam.measure(trainer.model, trainer.runtime, LAYER, images, masks, torch.Generator().manual_seed(0))
-    assert list(found) == ["random pixels", "random grid", "centre", "edges", *METHODS]
-    mean = {name: {key: value.mean().item() for key, value in values.items()} for name, values in found.items()}
-    assert all(len(value) == 50 for values in found.values() for value in values.values())
-    ours, chance = mean[gradcam.METHOD], mean["random grid"]
-    assert ours["insertion"] > chance["insertion"] + 0.05 and ours["deletion"] < chance["deletion"] - 0.05
-    assert ours["inside"] > chance["inside"] + 0.05 and chance["inside"] == pytest.approx(masks.float().mean().item(), abs=0.02)
+    args = trainer.model, trainer.runtime, LAYER, images, masks
+    results = gradcam.evaluate_maps(*args, torch.Generator().manual_seed(0))
+    means = {name: {k: v.mean().item() for k, v in r.items()} for name, r in results.items()}
+    best, chance = means[gradcam.METHOD], means["random grid"]
+    assert best["insertion"] > chance["insertion"] + 0.05
+    assert best["deletion"] < chance["deletion"] - 0.05
+    assert best["inside"] > chance["inside"] + 0.05
+
+
+@pytest.fixture
+def ckpt(small, small_shapes, tmp_path):
+    """Fresh weights for `--data shapes`, which has 100 test images."""
+    path = tmp_path / "made" / "best.pt"
+    return save_small_checkpoint(path, small, data_sha256=small.fingerprint())
+
+
+@pytest.fixture
+def draw(ckpt, invoke, monkeypatch):
+    """draw(*flags) runs the script: (arguments of plots.heat_maps, stdout)."""
+    drawn, heat_maps = [], plots.heat_maps
+    monkeypatch.setattr(plots, "heat_maps", lambda *args: drawn.append(args) or heat_maps(*args))
+
+    def run(*flags):
+        args = [arg for flag in flags for arg in flag.split()]
+        status, out, err = invoke(gradcam, ["--ckpt", ckpt, "--n", 3, *args])
+        assert (status, err) == (0, "")
+        return drawn[-1], out
+
+    return run
+
+
+@pytest.mark.parametrize("flags", ["--n 9", "--correct", "--class star", "--target ring"])
+def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
+    (images, titles, maps, captions, names, _), out = draw(flags, "--precision bf16")
+    model, normalize = make_model(), Normalize(small.mean, small.std, "cpu")
+    logits = model(normalize(images)).detach()
+    for i, title in enumerate(titles):
+        index = (small.test_images == images[i]).flatten(1).all(1).nonzero().item()
+        predicted, second = logits[i].topk(2).indices.tolist()
+        actual, target = small.test_labels[index].item(), SHAPE_NAMES.index("ring")
+        choices = {"predicted": predicted, "second": second, "actual": actual, "target": target}
+        assert title == SHAPE_NAMES[actual] and (predicted == actual) == ("--correct" in flags)
+        for saliency, caption, name in zip(maps[i], captions[i], names, strict=True):
+            k = choices[name]
+            assert caption == f"{100 * logits[i].softmax(0)[k]:.0f} % {SHAPE_NAMES[k]}"
+            expected = explain(model, LAYER, "hirescam", normalize(images[[i]]), torch.tensor([k]))
+            assert torch.allclose(saliency, expected[0], atol=1e-4)
+    assert len(titles) in (3, 9) and len(names) == (1 if "--target" in flags else 2)
+    # Classes take turns; fresh weights predict one class only.
+    expected = {"--class": {"star"}, "--correct": {"triangle"}}.get(flags.split()[0])
+    assert set(titles) == expected if expected else len(set(titles)) == len(titles)
+    if flags == "--correct":
+        assert draw(flags, "--seed 1")[1] == out != draw(flags, "--seed 2")[1]
+    assert sorted(path.name for path in ckpt.parent.iterdir()) == ["best.pt", "gradcam.png"]
+
+
+def test_image_files(tmp_path, draw):
+    paths = [tmp_path / "wide\x1b.png", tmp_path / "small.jpg"]
+    for path, size in zip(paths, [(300, 200), (8, 8)]):
+        Image.new("RGB", size, (200, 30, 90)).save(path)
+    args, out = draw("--image", *map(str, paths), f"--save-maps {tmp_path}/maps.npy")
+    maps, (caption, _) = args[2:4]
+    assert maps.shape == (2, 3, 32, 32) and args[1] == ["wide\\x1b.png", "small.jpg"]
+    assert f"wide\\x1b.png: 1st {caption[0]}, 2nd {caption[1]}, 3rd {caption[2]}\n" in out
+    raw = torch.from_numpy(np.load(tmp_path / "maps.npy"))
+    assert torch.equal(gradcam.normalize_map(raw), maps) and not torch.equal(raw, maps)
+
+
+def test_metrics(ckpt, tmp_path, invoke, monkeypatch):
+    monkeypatch.setattr(faithfulness, "STEPS", 4)
+    args = ["--ckpt", ckpt, "--metrics", 20, "--out", tmp_path, "--seed", 3]
+    status, out, err = invoke(gradcam, args)
+    assert (status, err) == (0, "") and "| hirescam | 0." in out and out.isascii()
+    rows = read_csv(tmp_path / "gradcam_metrics.csv")
+    assert [row["map"] for row in rows] == [*BASELINES, *METHODS] and rows[0]["n"] == "20"
+    assert invoke(gradcam, args)[1] == out
+    assert "attention" not in invoke(gradcam, [*args, "--layer", "stem.gelu1"])[1]
+
+
+def test_list_layers(ckpt, invoke):
+    status, out, _ = invoke(gradcam, ["--ckpt", ckpt, "--list-layers"])
+    layers = [line.split()[0] for line in out.splitlines() if line.endswith("has a grid")]
+    assert status == 0 and layers == ["stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"]
+    assert "blocks.0.attention.qkv       (33, 192)      no grid" in out.splitlines()
+
+
+@pytest.mark.parametrize("args, status, message", [
+    ("--layer blocks.0", 2, "hirescam explains stem.conv1, stem.gelu1, stem.conv2, stem.gelu2"),
+    ("--layer stem.gelu1 --method attention", 2, "attention explains stem.conv2, stem.gelu2"),
+    ("--n 101", 2, "--n 101: shapes has "),
+    ("--metrics 101", 2, "--metrics 101: it takes 2 to 100 test images of shapes"),
+    ("--metrics 1", 2, "--metrics 1: "),
+    ("--metrics --save-maps x.npy", 2, "--metrics shows no images"),
+    ("--image x.png --correct", 2, "--image no test images"),
+    ("--class cat", 2, "--class cat: the classes are checkered, crescent"),
+    ("--target cat", 2, "--target cat: the classes are checkered, crescent"),
+    ("--image missing.png", 1, "missing.png"),
+    ("--out made/best.pt", 2, "--out"),
+])  # fmt: skip
+def test_wrong_usage(args, status, message, ckpt, tmp_path, monkeypatch, invoke):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    out = [] if "--out" in args else ["--out", "made/new"]
+    actual, _, err = invoke(gradcam, ["--ckpt", ckpt, *args.split(), *out])
+    assert (actual, err.count("\n")) == (status, 1) and message in err
+    assert sorted(tmp_path.rglob("*")) == before

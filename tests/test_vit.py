@@ -1,4 +1,4 @@
-"""The network is what the layer table says it is."""
+"""The network is what the layer table says, in either form of its stem."""
 
 import math
 
@@ -7,166 +7,187 @@ import torch
 import torch.nn.functional as F
 
 import vit
-from kernels import cpu, plain
-from vit import ViT, cost
+from schedule import RECIPES
+from vit import ViT, build_model, summary
 
-# The layer table: operation's weights in order, (name, shape).
 STEM = [
     ("stem.conv1.weight", (32, 3, 3, 3)),
     ("stem.conv1.bias", (32,)),
     ("stem.conv2.weight", (32, 32, 2, 2)),
     ("stem.conv2.bias", (32,)),
-    ("stem.project.weight", (64, 256)),
-    ("stem.project.bias", (64,)),
+    ("stem.proj.weight", (64, 256)),
+    ("stem.proj.bias", (64,)),
 ]
 BLOCK = [
     ("attention.norm.weight", (64,)),
     ("attention.norm.bias", (64,)),
     ("attention.qkv.weight", (192, 64)),
     ("attention.out.weight", (64, 64)),
-    ("feed_forward.norm.weight", (64,)),
-    ("feed_forward.norm.bias", (64,)),
-    ("feed_forward.linear1.weight", (64, 64)),
-    ("feed_forward.linear1.bias", (64,)),
-    ("feed_forward.linear2.weight", (64, 64)),
-    ("feed_forward.linear2.bias", (64,)),
+    ("mlp.norm.weight", (64,)),
+    ("mlp.norm.bias", (64,)),
+    ("mlp.linear1.weight", (64, 64)),
+    ("mlp.linear1.bias", (64,)),
+    ("mlp.linear2.weight", (64, 64)),
+    ("mlp.linear2.bias", (64,)),
 ]
-HEAD = [("norm.weight", (64,)), ("norm.bias", (64,)), ("head.weight", (10, 64)), ("head.bias", (10,))]
+HEAD = [
+    ("norm.weight", (64,)),
+    ("norm.bias", (64,)),
+    ("head.weight", (10, 64)),
+    ("head.bias", (10,)),
+]
 
 
 def by_hand(w, images):
-    """The network in float64 with nothing but sums, products and loops over heads, from the layer table."""
+    """The layer table in sums, products and loops over heads, every token in every block."""
 
     def gelu(x):
         return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[name + "weight"] + w[name + "bias"]
+        centered = x - x.mean(-1, keepdim=True)
+        std = (centered.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return centered / std * w[name + "weight"] + w[name + "bias"]
 
     padded = F.pad(images, (1, 1, 1, 1))
     maps = w["stem.conv1.bias"].view(1, -1, 1, 1)
     for y in range(3):
         for x in range(3):
-            maps = maps + torch.einsum("bchw,oc->bohw", padded[:, :, y : y + 32, x : x + 32], w["stem.conv1.weight"][:, :, y, x])
-    maps = gelu(maps)
-    half = w["stem.conv2.bias"].view(1, -1, 1, 1)
+            pixels, weight = (
+                padded[:, :, y : y + 32, x : x + 32],
+                w["stem.conv1.weight"][:, :, y, x],
+            )
+            maps = maps + torch.einsum("bchw,oc->bohw", pixels, weight)
+    maps, half = gelu(maps), w["stem.conv2.bias"].view(1, -1, 1, 1)
     for y in range(2):
         for x in range(2):
-            half = half + torch.einsum("bchw,oc->bohw", maps[:, :, y::2, x::2], w["stem.conv2.weight"][:, :, y, x])
-    tokens = torch.einsum("bcp,op->bco", gelu(half).flatten(2), w["stem.project.weight"]) + w["stem.project.bias"]
+            weight = w["stem.conv2.weight"][:, :, y, x]
+            half = half + torch.einsum("bchw,oc->bohw", maps[:, :, y::2, x::2], weight)
+    tokens = gelu(half).flatten(2) @ w["stem.proj.weight"].T + w["stem.proj.bias"]
     x = torch.cat([w["cls_token"].expand(len(images), 1, 64), tokens], 1) + w["pos_embedding"]
     for i in range(2):
         name = f"blocks.{i}.attention."
         qkv = norm(x, name + "norm.") @ w[name + "qkv.weight"].T
         heads = []
         for h in range(4):
-            q, k, v = (qkv[:, :, 64 * part + 16 * h : 64 * part + 16 * h + 16] for part in range(3))
+            q, k, v = (qkv[:, :, 64 * j + 16 * h : 64 * j + 16 * h + 16] for j in range(3))
             scores = (torch.einsum("bid,bjd->bij", q, k) / 4).exp()
-            heads.append(torch.einsum("bij,bjd->bid", scores / scores.sum(-1, keepdim=True), v))
+            heads.append(scores / scores.sum(-1, keepdim=True) @ v)
         x = x + torch.cat(heads, -1) @ w[name + "out.weight"].T
-        name = f"blocks.{i}.feed_forward."
-        hidden = gelu(norm(x, name + "norm.") @ w[name + "linear1.weight"].T + w[name + "linear1.bias"])
-        x = x + hidden @ w[name + "linear2.weight"].T + w[name + "linear2.bias"]
+        name = f"blocks.{i}.mlp."
+        hidden = norm(x, name + "norm.") @ w[name + "linear1.weight"].T + w[name + "linear1.bias"]
+        x = x + gelu(hidden) @ w[name + "linear2.weight"].T + w[name + "linear2.bias"]
     return norm(x[:, 0], "norm.") @ w["head.weight"].T + w["head.bias"]
 
 
-def test_parameters_are_those_of_the_layer_table_in_its_order():
+def test_parameters_are_those_of_the_layer_table():
     named = {name: tuple(p.shape) for name, p in ViT().named_parameters()}
-    assert named.pop("cls_token") == (1, 1, 64)
-    assert named.pop("pos_embedding") == (1, 33, 64)
+    assert named.pop("cls_token") == (1, 1, 64) and named.pop("pos_embedding") == (1, 33, 64)
     blocks = [(f"blocks.{i}.{name}", shape) for i in range(2) for name, shape in BLOCK]
     assert list(named.items()) == STEM + blocks + HEAD
     assert sum(math.prod(shape) for shape in named.values()) == 72_170
 
 
-def test_forward_is_the_layer_table_by_hand():
+@pytest.mark.parametrize("stem_as_matmul", [False, True])
+def test_forward_and_gradients_equal_the_layer_table_by_hand(stem_as_matmul):
+    """The last block computes the CLS token only, which changes no logit and no gradient."""
     torch.manual_seed(0)
     model = ViT().double()
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    expected = by_hand(dict(model.named_parameters()), images)
-    assert torch.allclose(model(images), expected, rtol=0, atol=1e-12)
+    weights = dict(model.named_parameters())
+    expected, logits = by_hand(weights, images), model(images, stem_as_matmul)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    grads = (torch.autograd.grad(y, list(weights.values()), upstream) for y in (expected, logits))
+    for name, a, b in zip(weights, *grads):
+        assert torch.allclose(a, b, rtol=0, atol=1e-11), name
 
 
-def test_cost_is_measured_and_adds_up():
-    rows = cost(ViT())
-    assert sum(row["parameters"] for row in rows) == 74_346
-    macs = {row["name"]: row["macs"] for row in rows}
-    assert macs["stem.conv1"] == 32 * 32 * 32 * 27
-    assert macs["stem.conv2"] == 16 * 16 * 32 * 128
-    assert macs["blocks.0.attention.attend"] == 2 * 4 * 33 * 33 * 16  # scores and values
-    assert sum(macs.values()) == 4_359_040
-    assert [row["shape"] for row in rows if row["name"] == "cls_token, pos_embedding"] == [(33, 64)]
+OTHER_SIZES = [
+    dict(
+        patch_size=4, image_size=16, in_channels=1, channels=8, dim=24, heads=3, dim_head=5, depth=1
+    ),
+    dict(patch_size=1, image_size=4, depth=3, mlp_dim=7, num_classes=3),
+]
 
 
-def test_cost_follows_the_module_and_leaves_no_hooks():
+@pytest.mark.parametrize("config", OTHER_SIZES)
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_both_forms_of_the_stem_agree_at_other_sizes(config, batch):
+    torch.manual_seed(0)
+    model = ViT(**config).double()
+    side, channels = model.config["image_size"], model.config["in_channels"]
+    images = torch.randn(batch, channels, side, side, dtype=torch.float64)
+    assert torch.allclose(model(images), model(images, True), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stem_as_matmul_is_as_accurate_as_convolutions(dtype):
+    """Errors against float64 are at most 2x (gradients 3x) those of the convolutions."""
+    torch.manual_seed(0)
+    model = ViT().double()
+    images = torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    upstream = torch.randn(16, 10, dtype=torch.float64)
+
+    def run(dtype, stem_as_matmul):
+        logits = model.to(dtype)(images.to(dtype), stem_as_matmul)
+        grads = torch.autograd.grad(logits, list(model.parameters()), upstream.to(dtype))
+        return logits.detach().double(), torch.cat([g.flatten() for g in grads]).double()
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    ref = run(torch.float64, False)
+    out_pt = run(dtype, False)
+    model.double().load_state_dict(state)
+    out = run(dtype, True)
+    for a, b, c, factor in zip(out, out_pt, ref, (2, 3)):
+        assert (a - c).norm() <= factor * (b - c).norm()
+
+
+def test_summary_is_measured_on_the_module():
     model = ViT(num_classes=100, depth=1)
-    rows = cost(model)
-    assert [row["parameters"] for row in rows if row["name"] == "head"] == [6_500]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    table = summary(model)
+    rows = {line.split()[0]: line for line in table.splitlines() if line.strip()}
+    assert rows["stem.conv1"].split()[-1] == f"{32 * 32 * 32 * 27:,}"
+    assert rows["head"].split()[-2] == "6,500" and rows["stem.conv2"].split()[-2] == "4,128"
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_script_prints_the_totals(invoke):
     status, table, _ = invoke(vit, [])
-    assert status == 0 and "72,170" in table and "74,346" in table and "4,359,040" in table
+    attend = next(line for line in table.splitlines() if "blocks.0.attention.attend" in line)
+    assert status == 0 and attend.endswith(f"{2 * 4 * 33 * 33 * 16:,}")  # scores and values
+    assert "72,170" in table and "74,346" in table and "3,699,584" in table
 
 
 @pytest.mark.parametrize(
-    "sizes, told",
+    "config, message",
     [
         ({"image_size": 33}, "image_size 33"),
         ({"depth": 0}, "depth is 0"),
-        ({"heads": -1}, "heads is -1"),
         ({"dim": 6.5}, "dim is 6.5"),
         ({"num_classes": True}, "num_classes is True"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(sizes, told):
-    with pytest.raises(ValueError, match=told):
-        ViT(**sizes)
+def test_invalid_sizes_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        ViT(**config)
 
 
-def test_pictures_of_another_shape_are_refused():
+def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 1, 32, 32\).*\(B, 3, 32, 32\)"):
         ViT()(torch.zeros(2, 1, 32, 32))
 
 
-OTHER_SIZES = [
-    {},
-    {"patch_size": 4, "image_size": 16, "in_channels": 1, "channels": 8, "dim": 24, "heads": 3, "dim_head": 5, "depth": 1, "num_classes": 3},
-    {"patch_size": 1, "image_size": 4, "depth": 3, "mlp_dim": 7},
-]
-
-
-@pytest.mark.parametrize("sizes", OTHER_SIZES)
-@pytest.mark.parametrize("batch", [1, 5])
-def test_cpu_spelling_is_the_same_function_with_the_same_gradients(sizes, batch):
-    torch.manual_seed(0)
-    model = ViT(**sizes).double()
-    side = model.sizes["image_size"]
-    images = torch.randn(batch, model.sizes["in_channels"], side, side, dtype=torch.float64)
-    expected, got = plain.forward(model, images), cpu.forward(model, images)
-    assert torch.allclose(got, expected, rtol=0, atol=1e-12)
-    upstream = torch.randn_like(expected)
-    weights = dict(model.named_parameters())
-    gradients = [torch.autograd.grad(logits, list(weights.values()), upstream) for logits in (expected, got)]
-    for name, a, b in zip(weights, *gradients):
-        assert torch.allclose(a, b, rtol=0, atol=1e-11), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpu_spelling_errs_no_more_than_the_plain_one(dtype):
-    """Error against float64, logits at most 2x and gradients 3x the plain spelling's in the same dtype."""
-    torch.manual_seed(0)
-    model = ViT().double()
-    images = torch.randn(64, 3, 32, 32, dtype=torch.float64)
-    upstream = torch.randn(64, 10, dtype=torch.float64)
-
-    def run(forward, to):
-        logits = forward(model, images.to(to))
-        gradients = torch.autograd.grad(logits, list(model.parameters()), upstream.to(to))
-        return logits.detach().double(), torch.cat([g.flatten() for g in gradients])
-
-    exact, theirs, ours = run(plain.forward, torch.float64), run(plain.forward, dtype), run(cpu.forward, dtype)
-    for want, plainly, fast, factor in zip(exact, theirs, ours, (2, 3)):
-        assert (fast - want).norm() <= factor * (plainly - want).norm()
+def test_recipes_initialize_the_network():
+    """Embeddings scaled, the projection an average over 2x2 cells of the same norm, no more."""
+    before = torch.random.get_rng_state()
+    plain, pooled = (build_model(RECIPES[name], 10, 1, "cpu") for name in ("original", "default"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(pooled.cls_token, plain.cls_token * 0.2)
+    maps, weight = torch.randn(2, 32, 16, 16), pooled.stem.proj.weight.detach()
+    cells, projected = F.avg_pool2d(maps, 2).flatten(2), maps.flatten(2) @ weight.T
+    assert torch.allclose(projected, cells * (projected.norm() / cells.norm()), atol=1e-5)
+    assert weight.norm().item() == pytest.approx(plain.stem.proj.weight.norm().item(), rel=1e-5)
+    changed = {"cls_token", "pos_embedding", "stem.proj.weight"}
+    for (name, p), q in zip(pooled.named_parameters(), plain.parameters()):
+        assert torch.equal(p, q) == (name not in changed)

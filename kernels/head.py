@@ -1,0 +1,80 @@
+"""Norm, head, cross entropy and their backward in one launch; vit.ViT and F.cross_entropy.
+
+    y = LayerNorm(x),  logits = y W' + b,  loss = logsumexp(logits) - logits[label]
+    dlogits = softmax(logits) - onehot(label),  dW = dlogits' y,  db = colsum(dlogits),
+    dx = the gradient of dlogits W through LayerNorm
+
+A program takes R images. All but x and dx is fp32 whatever the working dtype: these products are a
+thousandth of the network's. Gradients are those of the sum of losses, not the mean (see step.py).
+
+Letters: B batch, C width (64), K classes, KP: K padded.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.functions import (
+    cast, dot, launch, layer_norm_backward, normalize_rows, padded, plan_row, scale_shift,
+)  # fmt: skip
+
+ROWS = 16
+
+
+@triton.jit(do_not_specialize=["batch_size", "shard_start", "B"])
+def head_kernel(
+    x_ptr,  # (B, C), working dtype
+    norm_weight_ptr, norm_bias_ptr,  # (C,)
+    weight_ptr, bias_ptr,  # (K, C), (K,)
+    labels_ptr, indices_ptr,  # (N,), int64; of the training set, and of the epoch's plan
+    counter_ptr,  # (1,), int32, steps done in the epoch
+    dx_ptr,  # (B, C), working dtype
+    partial_ptr,  # (programs, 2C + KC + K + 2), of norm, weight, bias; sum of losses; correct
+    batch_size, shard_start, B,
+    K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    b, c, k = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, C), tl.arange(0, KP)
+    offsets, mask = b.to(tl.int64)[:, None] * C + c[None, :], b[:, None] < B
+    x_hat, rstd = normalize_rows(tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
+    y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr)
+    at, in_weight = k[:, None] * C + c[None, :], k[:, None] < K
+    weight = tl.load(weight_ptr + at, mask=in_weight, other=0.0)  # (KP, C)
+    logits = dot(y, tl.trans(weight)) + tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
+    logits = tl.where(k[None, :] < K, logits, -float("inf"))  # (R, KP)
+
+    plan = plan_row(counter_ptr, batch_size, shard_start) + b
+    label = tl.load(labels_ptr + tl.load(indices_ptr + plan, mask=b < B, other=0)).to(tl.int32)
+    is_label = k[None, :] == label[:, None]
+    largest = tl.max(logits, 1)
+    powers = tl.exp(logits - largest[:, None])
+    total = tl.sum(powers, 1)
+    loss = largest + tl.log(total) - tl.sum(tl.where(is_label, logits, 0.0), 1)
+    correct = (tl.argmax(logits, 1) == label) & (b < B)
+    dlogits = tl.where(mask, powers / total[:, None] - tl.where(is_label, 1.0, 0.0), 0.0)
+
+    partial_ptr += tl.program_id(0).to(tl.int64) * (2 * C + K * C + K + 2)
+    dy = dot(dlogits, weight)  # (R, KP) x (KP, C) -> (R, C)
+    tl.store(partial_ptr + c, tl.sum(dy * x_hat, 0))
+    tl.store(partial_ptr + C + c, tl.sum(dy, 0))
+    dweight = dot(tl.trans(dlogits), y)  # (KP, R) x (R, C) -> (KP, C)
+    tl.store(partial_ptr + 2 * C + at, dweight, mask=in_weight)
+    tl.store(partial_ptr + 2 * C + K * C + k, tl.sum(dlogits, 0), mask=k < K)
+    tl.store(partial_ptr + 2 * C + K * C + K, tl.sum(tl.where(b < B, loss, 0.0), 0))
+    tl.store(partial_ptr + 2 * C + K * C + K + 1, tl.sum(correct.to(tl.float32), 0))
+    dx = layer_norm_backward(dy, x_hat, rstd, norm_weight_ptr)
+    tl.store(dx_ptr + offsets, cast(dx, DTYPE), mask=mask)
+
+
+def num_programs(num_images):
+    """Programs of the kernel, which is the rows of its partial gradients."""
+    return triton.cdiv(num_images, ROWS)
+
+
+def forward_backward(
+    model, x, labels, indices, counter, dx, partial_grads, row, num_images, target
+):
+    """Write dx and partial gradients, loss and correct of norm, head and cross entropy."""
+    K, C = model.head.weight.shape
+    weights = *model.norm.parameters(), *model.head.parameters()
+    args = x, *weights, labels, indices, counter, dx, partial_grads, *row, num_images
+    sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **target.options("head")}
+    launch(head_kernel, num_programs(num_images), *args, **sizes)

@@ -1,0 +1,75 @@
+"""What the compiled kernels take of GPUs that are not here: shared memory, registers, hazards."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")  # not on every platform
+
+from conftest import ROOT
+
+# What takes most, for the least shared memory, for wgmma and for AMD: compiling takes seconds each.
+COMPILED = [
+    (["sm_75"], ["attention backward"], ["fp32"]),
+    (["sm_86"], ["stem backward"], ["fp32"]),
+    (["sm_90"], ["backward", "muon", "mlp forward", "stem forward"], ["half"]),
+    (["sm_100"], ["muon"], ["half"]),  # whose tf32x3 products become a trap there
+    (["gfx942"], ["mlp backward"], ["half"]),
+]
+SCRIPT = """
+import json, sys
+from kernels import resources
+for args in json.loads(sys.argv[1]):
+    for row in resources.rows(*args):
+        print(json.dumps(row), flush=True)
+print(json.dumps(resources.COLUMNS))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Rows of kernels.resources, from a process in which kernels compile."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(COMPILED)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *rows, columns = map(json.loads, done.stdout.splitlines())
+    assert all(sorted(row) == sorted(columns) for row in rows)
+    return rows
+
+
+def test_what_is_compiled(found):
+    kernels = {(row["target"], row["dtype"], row["kernel"]) for row in found}
+    assert ("sm_75", "fp32", "attention backward cls") in kernels
+    assert ("sm_90", "bf16", "muon muon") in kernels
+    assert all(row["registers"] > 0 and row["instructions"] > 50 for row in found)
+
+
+def test_every_kernel_fits(found):
+    for row in found:
+        assert 0 <= row["shared_bytes"] <= row["shared_limit"], row
+
+
+def test_no_wgmma_with_more_than_four_warps(found):
+    """Triton's bug 11047 leaves out a barrier between warp groups."""
+    used = [row for row in found if row["wgmma"]]
+    assert used and all(row["target"] == "sm_90" and row["warps"] <= 4 for row in used)
+
+
+def test_no_spills_in_bf16_on_hopper(found):
+    """But for Muon, whose products are of fp32 accuracy."""
+    for row in found:
+        if row["target"] == "sm_90" and row["dtype"] == "bf16":
+            assert row["spilled_bytes"] <= (64 if row["kernel"] == "muon muon" else 0), row
+
+
+def test_tensor_cores(found):
+    """Half precision products run on them where Triton has them: not before sm_80."""
+    for row in found:
+        is_product = row["kernel"] in ("mlp backward", "stem backward", "attention backward")
+        if is_product:
+            has_them = row["dtype"] == "bf16" or row["target"].startswith("gfx")
+            assert (row["matrix_instructions"] > 0) == has_them, row

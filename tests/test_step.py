@@ -1,0 +1,274 @@
+"""The training step that the Triton kernels make, against the one in PyTorch, and CUDA graphs.
+
+On a GPU where there is one, else in Triton's interpreter.
+"""
+
+import copy
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")  # not on every platform
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import trainer as trainer_module
+from augment import epoch_plan
+from conftest import DEVICE
+from data import Dataset
+from kernels import functions, step, verify
+from kernels.graph import GraphedFunction
+from runtime import Runtime
+from schedule import RECIPES
+from test_kernels import fused_step
+from vit import ViT
+
+DEVICE = torch.device(DEVICE)
+
+
+def small_trainers(recipe, monkeypatch, num_images=5, **overrides):
+    """Trainers of a small network with kernels, with PyTorch, and with PyTorch in float64."""
+
+    def build_model(recipe, num_classes, seed, device):
+        torch.manual_seed(seed)
+        sizes = dict(image_size=16, channels=16, dim=16, heads=1, mlp_dim=16)
+        return ViT(num_classes, **sizes).to(device)
+
+    monkeypatch.setattr(trainer_module, "build_model", build_model)
+    monkeypatch.setattr(step, "self_test", lambda device, dtype: None)
+    recipe = dataclasses.replace(RECIPES[recipe], batch_size=2, epochs=4, l1=1e-4, **overrides)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (num_images, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(num_images) % 3
+    images, labels = images.to(DEVICE), labels.to(DEVICE)
+    data = Dataset(
+        "random", "random", images, labels, images, labels, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3
+    )
+
+    def make(kernels):
+        return trainer_module.Trainer(recipe, data, Runtime(DEVICE.type, "fp32", kernels), 1)
+
+    fused, plain, exact = make("triton"), make("torch"), make("torch")
+    for model in (exact.model, exact.averaged_model):
+        model.double()
+    exact.totals = exact.totals.double()
+    exact.runtime.logits = lambda model, images: model(images.double())
+    assert isinstance(fused.optimizers[0], step.FusedStep)
+    return fused, plain, exact
+
+
+def begin_epoch(trainer, epoch, first_step=0):
+    first = epoch * trainer.steps_per_epoch
+    values = [trainer.schedule(first + i) for i in range(trainer.steps_per_epoch)]
+    trainer.begin_epoch(epoch, *zip(*values), first_step)
+
+
+def state(trainer):
+    """Flat tensors of a trainer: totals, gradient, weights and averaged weights."""
+
+    def flat(tensors):
+        return torch.cat([t.detach().flatten() for t in tensors])
+
+    params = list(trainer.model.parameters())
+    fused = trainer.optimizers[0] if trainer.runtime.fused else None
+    grad = fused.grad[:-2] if fused else flat(p.grad for p in params)
+    averaged = flat(trainer.averaged_model.parameters())
+    return {"totals": trainer.totals, "grad": grad, "weights": flat(params), "average": averaged}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ten_steps(recipe, monkeypatch):
+    """With L1 and a last batch of one image: totals, gradient and weights, 1, 2 and 10 steps on.
+
+    A momentum or a step number that is off shows after the first step; what an epoch resets, and
+    the host's numbers in a captured graph, after the fourth.
+    """
+    frac = 0.5 if recipe == "long" else 0.0
+    trainers = small_trainers(recipe, monkeypatch, weight_avg_frac=frac)
+    fused = trainers[0].optimizers[0]
+    buffers = [*trainers[0].model.parameters(), fused.exp_avg, fused.exp_avg_sq]
+    addresses = [t.data_ptr() for t in buffers]
+    for n in range(10):
+        epoch, i = divmod(n, 3)
+        for trainer in trainers:
+            if i == 0:
+                begin_epoch(trainer, epoch)
+            trainer.step(i)
+        if n in (0, 1, 9):
+            ours, theirs, exact = map(state, trainers)
+            for name, value in exact.items():
+                own = verify.relative_error(theirs[name], value)
+                error = verify.relative_error(ours[name], value)
+                # Muon makes much of a batch of two: its gradients have few directions.
+                bound = 3 * own + (2e-5 if fused.recipe.optimizer == "muon" else 1e-6)
+                assert error <= bound, f"{name} after {n + 1} steps: {error:.1e}, {own:.1e}"
+        if n == 6:  # in place: a captured graph goes on reading the same addresses
+            saved = copy.deepcopy(trainers[0].state_dict())
+            for tensor in (fused.param, fused.exp_avg, fused.exp_avg_sq):
+                tensor.add_(1)
+            trainers[0].load_state_dict(saved)
+            buffers = [*trainers[0].model.parameters(), fused.exp_avg, fused.exp_avg_sq]
+            assert addresses == [t.data_ptr() for t in buffers]
+    assert trainers[0].finite_counts.tolist() == trainers[1].finite_counts.tolist()
+
+
+def test_two_ranks_make_the_step_of_one(monkeypatch):
+    """Batches of 2 and 1 images in shards of 1 and 1, then 0 and 1; L1 is added once."""
+
+    class Rank:
+        """A rank that adds what the other one has left in `others`."""
+
+        def __init__(self, rank, others):
+            self.rank, self.others, self.world_size = rank, others, 2
+
+        def shard(self, count):
+            return count * self.rank // 2, count * (self.rank + 1) // 2
+
+        def all_reduce_sum(self, tensor):
+            self.others.append(tensor.clone())
+            if self.rank == 0:
+                tensor += self.others[-2]
+
+    alone, plain, exact = small_trainers("original", monkeypatch, num_images=3)
+    others = []
+    for i in (0, 1):
+        for rank in (1, 0):  # rank 1 only leaves its gradient: its step is taken back
+            shard = copy.deepcopy(alone)
+            shard.runtime.dist = Rank(rank, others)
+            fused = step.FusedStep(shard)
+            fused.load_state_dict(alone.optimizers[0].state_dict())
+            shard.optimizers = [fused]
+            begin_epoch(shard, 0, i)
+            shard.step(i)
+        if i == 0:
+            begin_epoch(alone, 0)
+        alone.step(i)
+        for name, value in state(alone).items():
+            assert verify.relative_error(state(shard)[name], value) < 1e-6, name
+        assert shard.finite_counts.tolist() == alone.finite_counts.tolist()
+
+
+def test_finite_counts():
+    """A parameter's gradient counts where its norm is finite; the loss and totals likewise."""
+    fused = fused_step("default", torch.float32)
+    fused.begin_epoch(epoch_plan(fused.recipe, 3, 32, 0, 0, DEVICE), [0.1] * 2, [0.9] * 2)
+    fused.counter.fill_(1)
+    sizes = [p.numel() for p in fused.model.parameters()]
+    grads = fused.grad[:-2].fill_(1e-3).split(sizes)
+    grads[0][3], grads[4][100], grads[6][16383] = float("nan"), float("inf"), 1e20
+    fused.grad[-2:] = torch.tensor([5.0, 2.0])
+    fused.finite_counts.fill_(7)
+    fused.totals.fill_(1.0)
+    kernel, programs, args, constants = record(fused)[-1]
+    functions.launch(kernel, programs, *args, **constants)
+    assert fused.finite_counts.tolist() == [8] + [7 if i in (0, 4, 6) else 8 for i in range(32)]
+    assert fused.totals.tolist() == [6.0, 3.0]
+
+
+def record(fused):
+    """The launches of a step of a full batch."""
+    functions.recorded = []
+    try:
+        fused.launch(fused.recipe.batch_size)
+        return functions.recorded
+    finally:
+        functions.recorded = None
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_launches_of_a_step(recipe):
+    """At most 16 kernels of ours, and none of PyTorch's."""
+
+    class NoOperations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            raise AssertionError(f"{function} within the step")
+
+    fused = fused_step(recipe, torch.float32)
+    with NoOperations():
+        launches = record(fused)
+    assert len(launches) <= 16
+    names = step.count_launches(RECIPES[recipe])
+    assert len(names) == len(launches) == 14 + ("muon muon" in names)
+
+
+def test_gradients_fit_fp16():
+    """Those of the sum of losses: far below fp16's greatest number and, where they matter, above
+    its least one, at the start and after training.
+    """
+    found = step.example_trainer(RECIPES["default"], torch.device("cpu"), torch.float32, 32)
+    images = found.normalize(found.dataset.train_images)
+    optimizer = torch.optim.AdamW(found.model.parameters(), lr=3e-3)
+    for n in range(13):
+        results = verify.network_results(
+            found.model, images, found.dataset.train_labels, 0.0, torch.float32
+        )
+        if n % 12 == 0:
+            for name, grad in results.items():
+                if name.endswith("backward"):
+                    kept = grad.half().double()
+                    assert kept.abs().max() < 65504 / 64, name
+                    assert verify.relative_error(kept, grad) < 2**-10, name
+        for name, p in found.model.named_parameters():
+            p.grad = results[f"gradient of {name}"].view(p.shape)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("recipe", ["default"])
+def test_logits(recipe):
+    """Inference, for a network of 100 classes and for one that the kernels do not take."""
+    for sizes in ({"num_classes": 100}, {"num_classes": 10, "patch_size": 4, "depth": 1}):
+        torch.manual_seed(0)
+        model = ViT(**sizes).to(DEVICE)
+        images = torch.randn(2, 3, 32, 32, device=DEVICE)
+        with torch.no_grad():
+            exact = copy.deepcopy(model).double()(images.double())
+        actual = step.logits(model, images, torch.float32)
+        assert actual.shape == exact.shape and verify.relative_error(actual, exact) < 1e-6
+
+
+# --- CUDA graphs ---
+
+
+def test_a_captured_step_is_replayed():
+    calls, replays = [], []
+    graphed = GraphedFunction(calls.append, torch.device("cpu"))
+    graphed.is_enabled = True
+    graphed.capture = lambda key: SimpleNamespace(replay=lambda: replays.append(key))
+    for size in (128, 128, 80, 128, 80, 80):
+        graphed(size)
+    assert calls == [128, 80] and replays == [128, 128, 80, 80]
+
+
+def test_a_failed_capture_leaves_launches(capsys):
+    calls = []
+    graphed = GraphedFunction(calls.append, torch.device("cpu"))
+    graphed.is_enabled = True
+
+    def capture(key):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    graphed.capture = capture
+    for _ in range(4):
+        graphed("key")
+    assert calls == ["key"] * 4
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_a_capture_that_fails_on_a_gpu(capsys):
+    """Stream, random generator and training are as they were."""
+    value, stream = torch.zeros(1, device=DEVICE), torch.cuda.current_stream()
+
+    def function(key):
+        value.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            value.item()  # waits for the device, which a capture does not permit
+
+    graphed = GraphedFunction(function, DEVICE)
+    for _ in range(3):
+        graphed("key")
+    assert "not captured" in capsys.readouterr().err
+    assert value.item() == 3 and torch.cuda.current_stream() == stream
+    assert torch.rand(2, device=DEVICE).isfinite().all()
