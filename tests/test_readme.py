@@ -1,55 +1,98 @@
-"""What the README says of the commands and the tests is so: what it names exists, and every flag that there is stands in it."""
+"""What README.md, CONTRIBUTING.md and docs/ say of flags, tests and files; the project's limits."""
 
+import ast
+import dataclasses
+import graphlib
+import importlib
 import re
 
-import pytest
+from conftest import ROOT
 
-import bench
-import data
-import evaluate
-import gradcam
-import lr_range
-import report
-import train
-import vit
+from results import report
+from schedule import Recipe
 
-SCRIPTS = {module.__name__: module for module in (bench, data, evaluate, gradcam, lr_range, report, train, vit)}
+SCRIPTS = "bench", "evaluate", "gradcam", "lr_range", "train", "results.report"  # never imported
 TORCHRUN = {"--nproc-per-node", "--max-restarts", "--rdzv-id"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-README = (report.HERE / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(path.read_text() for path in PAGES)
+FOLDERS = [ROOT / name for name in ("", "kernels", "tests", "results")]
+SOURCES = {path: path.read_text() for folder in FOLDERS for path in sorted(folder.glob("*.py"))}
 
 
-@pytest.fixture
-def flags(invoke):
-    """Each script's flags, as its --help names them."""
-    return {name: set(FLAG.findall(invoke(module, ["--help"])[1])) - {"--help"} for name, module in SCRIPTS.items()}
-
-
-def test_every_command_in_the_readme_has_only_flags_that_exist(flags):
-    commands = re.findall(r"(?:python|torchrun[^\n`]*?) (\w+)\.py([^\n`#]*)", README)
-    assert len(commands) > 20 and {name for name, _ in commands} >= SCRIPTS.keys()
+def test_every_flag_is_explained_and_every_explained_flag_exists(invoke):
+    flags = {}
+    for name in (*SCRIPTS, "data", "vit"):
+        text = invoke(importlib.import_module(name), ["--help"])[1]
+        flags[name] = set(FLAG.findall(text)) - {"--help"}
+        assert "(default: None)" not in text
+    everything = set().union(*flags.values())
+    assert everything ^ set(FLAG.findall(TEXT)) == TORCHRUN | {"--help"}
+    commands = re.findall(r"(?:python|torchrun[^\n`]*?) ([\w/]+)\.py([^\n`#|]*)", TEXT)
+    assert {name.replace("/", ".") for name, _ in commands} == flags.keys()
     for name, rest in commands:
-        assert set(FLAG.findall(rest)) <= flags[name], (name, rest)
+        assert set(FLAG.findall(rest)) <= flags[name.replace("/", ".")], (name, rest)
+    settings = set(re.findall(r"--set ([a-z]\w*)=", TEXT))
+    assert settings and settings <= {field.name for field in dataclasses.fields(Recipe)}
 
 
-def test_every_flag_in_the_readme_exists(flags):
-    assert set(FLAG.findall(README)) - {"--help"} - TORCHRUN <= set().union(*flags.values())
-
-
-@pytest.mark.parametrize("name", sorted(SCRIPTS))
-def test_every_flag_is_in_the_readme_and_its_help_states_its_default(flags, invoke, name):
-    assert not flags[name] - set(FLAG.findall(README))
-    _, *helps = invoke(SCRIPTS[name], ["--help"])[1].split("options:")[1].split("\n  --")  # before the first is --help itself
-    for text in helps:
-        takes_a_value = re.match(r"\S+ [A-Z{\[]", text) is not None
-        assert " ".join(text.split()).count("(default: ") == takes_a_value and "(default: None)" not in text, text
-
-
-def test_every_test_in_the_readme_exists():
-    named, file = [], None
-    for of, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", README):
+def test_tests_files_and_links_exist():
+    file = None
+    for of, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", TEXT):
         file = of or file
-        named.append((file, test))
-    assert len(named) > 20
-    for file, test in named:
-        assert f"def {test}(" in (report.HERE / "tests" / file).read_text(), (file, test)
+        assert f"def {test}(" in SOURCES[ROOT / "tests" / file], (file, test)
+    assert TEXT.count("::test_") > 20
+    for path in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), (path.name, link)
+    names = re.findall(r"`((?:\w+/)?\w+\.(?:py|csv))`", TEXT)
+    for name in set(names) - {"history.csv", "lr_range.csv"}:
+        assert list(ROOT.glob(f"**/{name}")), name
+    tree = (ROOT / "README.md").read_text().split("## Files")[1]
+    for path in SOURCES:
+        assert path.parent != ROOT or path.name in tree, path.name
+
+
+def test_sizes_are_within_the_limits():
+    lines = {path: text.splitlines() for path, text in SOURCES.items()}
+    readme = (ROOT / "README.md").read_text()
+    sizes = {
+        "files at the top level": (sum(path.parent == ROOT for path in SOURCES), 15),
+        "files to read": (len(report.READING_LIST), 5),
+        "lines to read": (sum(len(lines[ROOT / name]) for name in report.READING_LIST), 1100),
+        "lines of README": (len(readme.splitlines()), 150),
+        "words of README": (len(readme.split()), 1500),
+    }
+    for folder, limit in zip(FOLDERS, (3620, 1800, 3800, 350)):
+        total = sum(len(lines[path]) for path in SOURCES if path.parent == folder)
+        sizes[f"lines in {folder.name}/"] = total, limit
+    for path, text in SOURCES.items():
+        sizes[f"lines of {path.name}"] = len(lines[path]), 350
+        for number, line in enumerate(lines[path], 1):
+            sizes[f"columns of {path.name}:{number}"] = len(line), 100
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                limit = 65 if node.name.endswith("_kernel") else 50  # pointers have their lines
+                sizes[f"lines of {path.name}:{node.name}"] = length, limit
+    assert {name: size for name, size in sizes.items() if size[0] > size[1]} == {}
+
+
+def test_imports_go_one_way_and_none_is_of_a_script():
+    modules = {}
+    for path, text in SOURCES.items():
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if path.parent.name != "tests":
+            modules[name] = text
+    graph = {}
+    for module, text in modules.items():
+        imported = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                imported |= inner or {node.module}
+        graph[module] = imported & modules.keys()
+        assert not graph[module] & set(SCRIPTS), module
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
