@@ -77,7 +77,8 @@ class Trainer:
         batch = self.plan.at(slice(i * recipe.batch_size, (i + 1) * recipe.batch_size))
         batch_size = len(batch.indices)
         rows = batch.at(slice(*dist.shard(batch_size)))
-        images = augment(dataset.train_images[rows.indices], rows, recipe, self.normalize)
+        images = dataset.train_images.index_select(0, rows.indices)
+        images = augment(images, rows, recipe, self.normalize)
         labels = dataset.train_labels[rows.indices]
 
         logits = self.runtime.logits(self.model, images)

@@ -23,9 +23,9 @@ from cli import Parser, positive_int, run_script
 class Conv1x1(nn.Linear):
     """A 1x1 convolution over the token axis, (B, T, in) -> (B, T, out)."""
 
-    def forward(self, x, rows=slice(None)):
-        """`rows` of the weight, (out, in), select output channels."""
-        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+    def forward(self, x, rows=None):
+        """`rows`, a slice of the weight (out, in), selects channels of a layer without bias."""
+        return F.linear(x, self.weight if rows is None else self.weight[rows], self.bias)
 
 
 class Stem(nn.Module):
