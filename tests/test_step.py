@@ -78,7 +78,7 @@ def state(trainer):
     return {"totals": trainer.totals, "grad": grad, "weights": flat(params), "average": averaged}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["original", "long"])  # long is default and more
 def test_ten_steps(recipe, monkeypatch):
     """With L1 and a last batch of one image: totals, gradient and weights, 1, 2 and 10 steps on.
 
