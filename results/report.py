@@ -119,7 +119,8 @@ def ablation():
         values = column(group, "val_accuracy")
         whole = whole or statistics.mean(values)  # the first group has nothing removed
         flags = f"`{group[0]['flags']}`" if group[0]["flags"] else ""
-        row = {"removed": removed, "flags": flags, "n": len(values), "mean ± std": mean_std(values)}
+        row = {"removed": removed, "flags": flags, "n": len(values)}
+        row["mean ± std"] = mean_std(values)
         rows.append({**row, "difference": f"{statistics.mean(values) - whole:+.2f}"})
     return table(rows)
 
