@@ -101,22 +101,8 @@ def affine(images, translate, scale, angle):
     # float32 is exact for whole numbers up to 2^24, and int64 division is slow on a CPU.
     rows = [S * (row - S * (row / S).floor()) for row in (top, top + 1)]
     columns = [column - S * (column / S).floor() for column in (left, left + 1)]
-    upper, lower = (
-        torch.lerp(*(gather_pixels(images, (r + c).long()).float() for c in columns), dx)
-        for r in rows
-    )
-    return torch.lerp(upper, lower, dy)
-
-
-def affine_masked(images, rows):
-    """`affine` on the images of rows.affine; float32."""
-    mask, parameters = rows.affine, (rows.translate, rows.scale, rows.angle)
-    if images.device.type == "cpu":
-        result = images.float()
-        result[mask] = affine(images[mask], *(p[mask] for p in parameters))
-        return result
-    # Shapes that depend on the mask would make the host wait for the device.
-    return torch.where(mask.view(-1, 1, 1, 1), affine(images, *parameters), images.float())
+    corners = [[gather_pixels(images, (r + c).long()).float() for c in columns] for r in rows]
+    return torch.lerp(*(torch.lerp(*pair, dx) for pair in corners), dy)
 
 
 def cutout(images, corners, size, mask):
@@ -151,7 +137,9 @@ def augment(images, rows, recipe, normalize):
     if rows.flip is not None:
         images = flip(images, rows.flip)
     if rows.affine is not None:
-        images = affine_masked(images, rows)
+        mask, parameters = rows.affine, (rows.translate, rows.scale, rows.angle)
+        moved = affine(images[mask], *(p[mask] for p in parameters))
+        images = images.float().index_put((mask,), moved)
     images = normalize(images)
     if rows.cutout is not None:
         images = cutout(images, rows.cutout_xy, recipe.cutout_size, rows.cutout)

@@ -1,21 +1,19 @@
 """How long a training step takes, in every way that a user might run it.
 
     python bench.py --csv FILE            # a step of recipe default; a few minutes on a CPU
-    python bench.py --only attention      # on a GPU one of attention, step and run
-    python bench.py --scaling             # one and two ranks; --resources needs no GPU
+    python bench.py --only attention      # on a GPU, which also measures half a block
 
-per-image: NumPy and Pillow augment one image at a time, in 2 workers of a DataLoader. eager: plain
-PyTorch, --kernels torch. sdpa: eager with F.scaled_dot_product_attention. compile: eager under
+per-image: images are augmented one at a time, in 2 workers of a DataLoader. eager: plain PyTorch,
+--kernels torch. sdpa: eager with F.scaled_dot_product_attention. compile: eager under
 torch.compile, on a GPU with max-autotune and CUDA graphs. compile+malloc: glibc keeps freed memory.
 auto: what train.py runs, on a GPU the Triton kernels.
 
 Each runs in a process of its own, in turn, round by round: other work on the machine falls on all
 alike, and one that fails costs no other. A step is all that train.py does in one; `attention` is
-the first half of a block, `run` a training with evaluations. Errors are relative to float64.
+the first half of a block. Errors are relative to float64.
 """
 
 import copy
-import json
 import multiprocessing
 import os
 import platform
@@ -27,50 +25,37 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+from augment import augment, epoch_plan
 from cli import (
-    Parser, ProgressBar, RunError, UsageError, add_data_arguments, first_line, markdown_table,
-    positive_int, run_script, writable_file, write_csv,
+    Parser, ProgressBar, RunError, first_line, markdown_table, positive_int, run_script,
+    writable_file, write_csv,
 )  # fmt: skip
 from runtime import Runtime, supports_bf16_matmul, tune_malloc, versions
 from schedule import RECIPES
-from trainer import Trainer, loss_and_accuracy, predict
+from trainer import Trainer
 from vit import ViT
 
 MODES = {
     "cpu": ["per-image", "eager", "compile", "compile+malloc", "auto"],
     "cuda": ["eager", "sdpa", "auto", "compile"],  # the last compiles for minutes
 }
-PARTS = {"cpu": ["step"], "cuda": ["attention", "step", "run"]}
+PARTS = {"cpu": ["step"], "cuda": ["attention", "step"]}
 # Calls of a measurement, as the host runs ahead of a GPU; side of the matrices for the peak.
 BLOCK, SIDE = {"cpu": 1, "cuda": 20}, {"cpu": 1024, "cuda": 8192}
 WARM_UP, TIMEOUT, NAN = 3, 600, float("nan")  # measurements; seconds for a process
 
 
-def augment_one_by_one(images, labels, recipe, indices):
-    """Crop, flip and affine as one transform an image: padded (N, 2 S, 2 S, 3) to (B, 3, S, S)."""
-    batch, S, random, pad = [], images.shape[1] // 2, np.random, recipe.crop_padding
-    limits = S * recipe.translate, S * recipe.translate, recipe.scale, np.radians(recipe.degrees)
-    for i in indices:
-        flip, affine = random.random(2) < (recipe.flip_p, recipe.affine_p)
-        down, right, zoom, angle = affine * random.uniform(-1, 1, 4) * limits
-        (y, x), sign = random.randint(-pad, pad + 1, 2), 1 - 2 * flip
-        cos, sin = np.cos(angle) / (1 + zoom), np.sin(angle) / (1 + zoom)
-        down, right = down + S / 2, right + S / 2
-        x, y = S + x - sign * (cos * right + sin * down), S + y + sin * right - cos * down
-        matrix, how = (sign * cos, sign * sin, x, -sin, cos, y), Image.Transform.AFFINE
-        image = Image.fromarray(images[i])
-        image = np.array(image.transform((S, S), how, matrix, Image.Resampling.BILINEAR))
-        batch.append(torch.from_numpy(image.transpose(2, 0, 1)))  # (S, S, 3) -> (3, S, S)
-    return torch.stack(batch), labels[indices]
+def augment_one_by_one(images, labels, plan, recipe, indices):
+    """A batch of a DataLoader: each image by itself, as a pipeline of transforms does it."""
+    one = [slice(i, i + 1) for i in indices]
+    batch = [augment(images[i], plan.at(i), recipe, torch.Tensor.float) for i in one]
+    return torch.cat(batch).byte(), labels[indices]
 
 
 relative_error = lambda a, b: ((a.double() - b).norm() / b.norm()).item()  # b is float64
@@ -84,20 +69,18 @@ def make_trainer(mode, precision, recipe, dataset, device):
         raise RunError("only glibc can be told to keep freed memory")
     images, labels = dataset.train_images, dataset.train_labels
     if mode == "per-image":
-        padded = images.permute(0, 2, 3, 1).numpy()  # (N, S, S, 3)
-        pad, size = (images.shape[2] // 2,) * 2, recipe.batch_size
-        padded = np.pad(padded, ((0, 0), pad, pad, (0, 0)), recipe.padding_mode)
-        collate = partial(augment_one_by_one, padded, labels, recipe)
+        plan, size = epoch_plan(recipe, size, images.shape[2], 0, 0, "cpu"), recipe.batch_size
+        collate = partial(augment_one_by_one, images, labels, plan, recipe)
         # Linux forks workers by default, but not in a spawned process.
         fork = {"multiprocessing_context": "fork"} if platform.system() == "Linux" else {}
         options = {"shuffle": True, "num_workers": 2, "collate_fn": collate, **fork}
         loader = DataLoader(range(len(labels)), size, **options)
-        # The trainer has one batch, which those of the loader overwrite, and does the cutout.
-        recipe = replace(recipe, crop_padding=0, flip_p=0.0, affine_p=0.0)
+        # The trainer has one batch, which those of the loader overwrite.
+        recipe = replace(recipe, crop_padding=0, flip_p=0.0, affine_p=0.0, cutout_p=0.0)
     images, labels = (tensor[:size].clone().to(device) for tensor in (images, labels))
     dataset = replace(dataset, train_images=images, train_labels=labels)
     kernels = ("triton" if is_cuda else "auto") if mode == "auto" else "torch"
-    runtime = Runtime(device.type, precision, kernels, distributed=True)
+    runtime = Runtime(device.type, precision, kernels)
     trainer = Trainer(recipe, dataset, runtime, seed=1)
     for block in trainer.model.blocks if mode == "sdpa" else ():
         block.attention.attend.forward = sdpa
@@ -184,23 +167,6 @@ def time_step(trainer, step, count, device):
     yield "step", size, training_flops(trainer.model, *images.shape[1:]), times[WARM_UP:], cells
 
 
-def time_run(trainer):
-    """A training, evaluated every epoch, after one epoch to warm up."""
-    dataset, epochs, times = trainer.dataset, trainer.recipe.epochs, []
-    initial = copy.deepcopy(trainer.state_dict())
-    for count in (1, epochs):
-        trainer.load_state_dict(initial)
-        started = time.perf_counter()
-        for _ in range(count):
-            trainer.train_epoch(trainer.steps_per_epoch)
-            args = trainer.averaged_model, trainer.normalize, dataset.test_images
-            _, accuracy = loss_and_accuracy(predict(trainer.runtime, *args), dataset.test_labels)
-        times.append(1e3 * (time.perf_counter() - started))
-    (first, ms), (count, *shape) = times, dataset.train_images.shape
-    cells = {"first_ms": f"{first:.0f}", "note": f"{accuracy:.2f} % on {dataset.name}"}
-    yield "run", epochs * count, training_flops(trainer.model, *shape), [ms], cells
-
-
 def time_variant(args, part, variant):
     """(samples of a part, None or one line about what failed)."""
     samples, recipe, device = [], RECIPES[args.recipe], torch.device(args.device)
@@ -209,15 +175,12 @@ def time_variant(args, part, variant):
         dtype, n = Runtime(args.device, precision, "torch").dtype, SIDE[args.device]
         a, b, out = torch.randn(3, n, n, device=device).to(dtype)
         peak = 2e3 * n**3 / min(call_times(lambda: torch.mm(a, b, out=out), 10, device))
-        peak *= int(os.environ.get("WORLD_SIZE", 1))  # of all ranks, operations a second
-        make = partial(make_trainer, mode, precision, recipe, device=device)
         if part == "attention":
             found = time_attention(mode, dtype, recipe.batch_size, device)
-        elif part == "step":
-            dataset = data.load_shapes((WARM_UP + args.steps) * recipe.batch_size, 10)
-            found = time_step(*make(dataset), args.steps, device)
         else:
-            found = time_run(make(data.load(args.data, args.data_dir, device))[0])
+            dataset = data.load_shapes((WARM_UP + args.steps) * recipe.batch_size, 10)
+            trainer, step = make_trainer(mode, precision, recipe, dataset, device)
+            found = time_step(trainer, step, args.steps, device)
         for name, images, flops, times, cells in found:
             speed = 1e3 * images / median(times)
             sample = {"ms": median(times), "images_per_second": speed, **cells}
@@ -236,12 +199,6 @@ def in_process(*args):
             for process in multiprocessing.active_children():
                 process.kill()
             return [], first_line(error)
-
-
-def in_ranks(count, *args):
-    """time_variant(*args) in `count` ranks, as measured by the first."""
-    options = {"run_id": "bench", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    return elastic_launch(LaunchConfig(1, 1, count, **options), time_variant)(*args)[0]
 
 
 def measure(calls, args, reference, machine):
@@ -284,7 +241,7 @@ def make_row(part, variant, samples, failures, reference):
 
 
 def measure_all(args):
-    """`measure` of every variant of the device, or of --scaling."""
+    """`measure` of every variant of the device."""
     cpuinfo, is_cuda = Path("/proc/cpuinfo"), args.device == "cuda"
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     name = f"{name[1] if name else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
@@ -297,10 +254,6 @@ def measure_all(args):
     if not has_bf16:
         print("no rows in bf16, which this device does not multiply in hardware", flush=True)
     auto = f"auto-{precisions[-1]}"
-    if args.scaling:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        calls = {("step", f"ranks-{n}"): partial(in_ranks, n, args, "step", auto) for n in (1, 2)}
-        return measure(calls, args, "ranks-1", {"each_rank": auto} | machine)
     names = [f"{mode}-{p}" for mode in MODES[args.device] for p in precisions]
     keys = [(part, name) for part in args.only for name in names]
     return measure({key: partial(in_process, args, *key) for key in keys}, args, auto, machine)
@@ -308,40 +261,18 @@ def measure_all(args):
 
 def main():
     parser = Parser(description="Measure a training step in every way that this machine can run.")
-    add, instead = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
     add("--recipe", default="default", choices=["default", "original"], help="what to train")
     add("--only", action="append", choices=PARTS["cuda"], help="one part; may be repeated")
     add("--rounds", type=positive_int, default=3, help="repetitions, in turn")
     add("--steps", type=positive_int, default=15, help="steps in a round, on a GPU times 20")
     add("--csv", type=Path, metavar="FILE", help="also write the table there")
-    add_data_arguments(parser, default="shapes")
-    for flag, help in (
-        ("resources", "what kernels take of GPUs"),
-        ("scaling", "1 and 2 CPU ranks"),
-    ):
-        instead.add_argument(f"--{flag}", action="store_true", help=f"instead, {help}")
-    names = [f"{m}-{p}" for m in (*MODES["cpu"], "sdpa") for p in ("fp32", "bf16")]
-    help = f"instead, measure one in this process and print JSON: {', '.join(names)}"
-    instead.add_argument("--variant", choices=names, metavar="NAME", help=help)
     args = parser.parse_args()
     if args.csv:
         writable_file(args.csv, "--csv")
-    args.device = "cuda" if torch.cuda.is_available() and not args.scaling else "cpu"
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.only = args.only or PARTS[args.device]
-    if args.variant:
-        return print(json.dumps([time_variant(args, part, args.variant) for part in args.only]))
-    if args.resources:
-        try:
-            from kernels import functions, resources
-        except ImportError as error:
-            raise RunError(f"--resources needs Triton ({error})") from None
-        if functions.INTERPRETED:
-            raise UsageError("--resources compiles the kernels; unset TRITON_INTERPRET")
-        rows = list(resources.rows())  # minutes
-        if args.csv:
-            write_csv(args.csv, rows)
-    else:
-        rows = measure_all(args)
+    rows = measure_all(args)
     print(markdown_table([k.replace("_", " ") for k in rows[0]], [row.values() for row in rows]))
 
 

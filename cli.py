@@ -160,10 +160,8 @@ def writable_file(path, flag="--out"):
 
 def add_data_arguments(parser, default="auto"):
     """Add --data and --data-dir, the arguments of data.load."""
-    help = (
-        "cifar10, cifar100, shapes, auto (cifar10 if it can be had, else shapes), or a folder with "
-    )
-    help += "train/<class>/* and test/<class>/* images" + "; that of the run" * (not default)
+    help = "cifar10, cifar100, shapes, auto (cifar10 if it can be had, else shapes), or a folder"
+    help += " with train/<class>/* and test/<class>/* images" + "; that of the run" * (not default)
     parser.add_argument("--data", default=default, metavar="SPEC", help=help)
     help = "for archives and decoded folders"
     parser.add_argument("--data-dir", default="./data", metavar="DIR", help=help)

@@ -130,10 +130,8 @@ def load_for_checkpoint(ckpt, spec, data_dir, device):
     known = ckpt["class_names"]
     dataset = load(spec or ckpt["config"]["data"], data_dir, device)
     if list(dataset.class_names) != known:
-        raise UsageError(
-            f"the checkpoint has {len(known)} classes ({known[0]} ...), {dataset.name} has "
-            f"{dataset.num_classes} ({dataset.class_names[0]} ...)"
-        )
+        has = [f"{len(names)} classes ({names[0]} ...)" for names in (known, dataset.class_names)]
+        raise UsageError(f"the checkpoint has {has[0]}, {dataset.name} has {has[1]}")
     if spec is None and dataset.fingerprint() != ckpt["config"].get("data_sha256"):
         print("warning: these are not the images of the training run", file=sys.stderr)
     return dataset

@@ -84,7 +84,6 @@ def summarize(results, **metadata):
 def table(rows):
     """Rows of `summarize` as a Markdown table, mean +- standard error."""
     names = [name for name in MEASURES if name in rows[0]]
-    lines = [
-        [row["map"], *(f"{row[k]:.3f} +- {row[f'{k}_se']:.3f}" for k in names)] for row in rows
-    ]
+    cells = lambda row: (f"{row[k]:.3f} +- {row[f'{k}_se']:.3f}" for k in names)
+    lines = [[row["map"], *cells(row)] for row in rows]
     return markdown_table(["map", *(MEASURES[name] for name in names)], lines)

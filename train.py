@@ -154,7 +154,7 @@ def resume(path, explicit):
     if "train_state" not in ckpt:
         raise UsageError(f"{last} has weights only; the state of its run is in last.pt")
     config, run_dir = ckpt["config"], last.parent
-    with as_usage_error(last):
+    try:
         recipe, device = Recipe(**config["settings"]), config["device"].split()[0]
         out = last.resolve().parent.parent.parent
         began = {**config["settings"], **config, "device": device, "out": out, "runs": 1}
@@ -167,19 +167,12 @@ def resume(path, explicit):
         now = {"versions": versions(), "git_commit": git_commit(), "device": runtime.describe()}
         changed = [f"{k} was {config[k]} and is {v}" for k, v in now.items() if config[k] != v]
         run = Run(Trainer(recipe, dataset, runtime, config["seed"]), run_dir, config, ckpt)
+    except INVALID_STATE as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{last} has an invalid configuration or state ({reason})") from None
     if changed and run.is_main_process:
         print(f"warning: the bits may differ: {printable('; '.join(changed))}", file=sys.stderr)
     fit(run)
-
-
-@contextlib.contextmanager
-def as_usage_error(path):
-    """Re-raise what an invalid configuration or state in `path` leads to as UsageError."""
-    try:
-        yield
-    except INVALID_STATE as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"{path} has an invalid configuration or state ({reason})") from None
 
 
 def check_resume_flags(explicit, began, run_dir):

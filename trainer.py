@@ -45,12 +45,13 @@ class Trainer:
         # A gradient whose square overflows would stay in AdamW's averages for ever.
         num_counts = 1 + len(list(self.model.parameters()))
         self.finite_counts = torch.zeros(num_counts, dtype=torch.int64, device=device)
+        self.fused_step = None
         if runtime.fused:
-            from kernels.step import FusedStep  # Triton is not on every platform
+            from kernels.verify import checked_step  # Triton is not on every platform
 
-            self.optimizers = [FusedStep(self)]  # the whole step, its optimizers included
-        else:
-            self.optimizers = build_optimizers(recipe, self.model)
+            self.fused_step = checked_step(self)  # or None
+        fused = [self.fused_step] if self.fused_step else []  # it holds the optimizers' state
+        self.optimizers = fused or build_optimizers(recipe, self.model)
 
     def begin_epoch(self, epoch, lrs, momenta, first_step=0):
         """Draw the plan of `epoch`; lrs and momenta have one value for each of its steps."""
@@ -58,13 +59,13 @@ class Trainer:
         self.plan = epoch_plan(self.recipe, N, S, self.seed, epoch, self.runtime.device)
         self.epoch, self.step_in_epoch, self.lrs, self.momenta = epoch, first_step, lrs, momenta
         self.finite_counts.fill_(first_step)
-        if self.runtime.fused:
-            self.optimizers[0].begin_epoch(self.plan, lrs, momenta)
+        if self.fused_step:
+            self.fused_step.begin_epoch(self.plan, lrs, momenta)
 
     def step(self, i):
         """Train on batch i of the plan; adds to `totals`."""
-        if self.runtime.fused:
-            self.optimizers[0].step(i)
+        if self.fused_step:
+            self.fused_step.step(i)
         else:
             self.torch_step(i)
         self.step_in_epoch = i + 1

@@ -6,22 +6,15 @@
     dq = dS k,  dk = dS' q,  dWo = dz' o,  dWq = dq' y  and so on,  dy = dq Wq + dk Wk + dv Wv,
     dx = dz + the gradient through LayerNorm
 
-A program is one image (backward: several, where the batch is large), its 33 tokens padded to 64
-rows. A loop over heads keeps one head's scores in registers; nothing between x and z goes to
-memory. The backward computes y, q, k, v and P again, which costs less than to store and load them,
-as FlashAttention does (Dao et al. 2022, arXiv:2205.14135), for a sequence that fits in one tile.
+A program is one image (backward: several, where the batch is large), its tokens padded to 64 rows.
+A loop over heads keeps one head's scores in registers; nothing between x and z goes to memory. The
+backward computes y, q, k, v and P again, which costs less than to store and load them, as in
+FlashAttention (Dao et al. 2022, arXiv:2205.14135). Every program stores its part of the weight
+gradients, and one sum over programs ends it: without atomics, a repeated run gives the same bits.
 
-CLS_ONLY is the last block, whose z is wanted for the CLS token alone. Scores of one q are
-y (Wk' q'), a product with a vector, and o = (P y) Wv': k and v of the tokens are not needed, a
-head's weight gradients are outer products, and no matrix product is left.
-
-Every program stores its part of the weight gradients, and one sum over programs ends it: without
-atomics, a repeated run gives the same bits.
-
-Letters: B batch, T tokens (33), TP: T padded, C width (64), H heads (4), D head width (16).
+Letters: B batch, T tokens (33), Q queries (T, or 1 in the last block, which computes the CLS token
+alone), TP and QP: padded, C width (64), H heads (4), D head width (16).
 """
-
-from types import SimpleNamespace
 
 import torch
 import triton
@@ -36,11 +29,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def softmax(scores, scale, mask, axis: tl.constexpr):
-    """Of scale * scores where `mask`, along `axis`; powers of 2 are one instruction."""
-    scores, factor = tl.where(mask, scores, -float("inf")), scale * LOG2_E
-    powers = tl.exp2(scores * factor - tl.max(scores, axis, keep_dims=True) * factor)
-    return powers / tl.sum(powers, axis, keep_dims=True)
+def softmax(scores, scale, T):
+    """Of scale * scores over the first T columns; powers of 2 are one instruction."""
+    factor = scale * LOG2_E
+    scores = tl.where(tl.arange(0, scores.shape[1])[None, :] < T, scores, -float("inf"))
+    powers = tl.exp2(scores * factor - tl.max(scores, 1, keep_dims=True) * factor)
+    return powers / tl.sum(powers, 1, keep_dims=True)
+
+
+@triton.jit
+def load_norm(x_ptr, rows, count, norm_weight_ptr, norm_bias_ptr, C: tl.constexpr):
+    """The first `count` rows of x (.., C), zeros after them, and LayerNorm of them; fp32."""
+    x = tl.load(x_ptr + rows * C + tl.arange(0, C)[None, :], mask=rows < count, other=0.0)
+    x = x.to(tl.float32)
+    return x, scale_shift(normalize_rows(x)[0], norm_weight_ptr, norm_bias_ptr)
 
 
 @triton.jit
@@ -52,123 +54,76 @@ def load_head(qkv_ptr, h, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DTY
 
 
 @triton.jit
-def cls_scores(y, y_cls, wq, wk, scale, T):
-    """q (D,) of the CLS token, Wk' q (C,), P (TP,) and P y (C,), fp32."""
-    q = tl.sum(wq * y_cls[None, :], 1)
-    kq = tl.sum(wk * q[:, None], 0)
-    p = softmax(tl.sum(y * kq[None, :], 1), scale, tl.arange(0, y.shape[0]) < T, 0)
-    return q, kq, p, tl.sum(p[:, None] * y, 0)
-
-
-@triton.jit
 def forward_kernel(
     x_ptr,  # (B, T, C), working dtype
     norm_weight_ptr, norm_bias_ptr,  # (C,)
     qkv_ptr, out_ptr,  # (3HD, C), (C, HD)
-    z_ptr,  # (B, T or 1, C), working dtype
+    z_ptr,  # (B, Q, C), working dtype
     scale,
-    T: tl.constexpr, TP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    CLS_ONLY: tl.constexpr, DTYPE: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    t, c = tl.arange(0, TP)[:, None], tl.arange(0, C)
-    x_ptr += b * T * C + t * C + c[None, :]
+    t, i, c = tl.arange(0, TP)[:, None], tl.arange(0, QP)[:, None], tl.arange(0, C)
+    x_ptr += b * T * C
     out_ptr += c[:, None] * (H * D) + tl.arange(0, D)[None, :]  # (C, D)
-    x = tl.load(x_ptr, mask=t < T, other=0.0).to(tl.float32)
-    y = scale_shift(normalize_rows(x)[0], norm_weight_ptr, norm_bias_ptr)
-    if CLS_ONLY:
-        z, y_cls = tl.sum(tl.where(t == 0, x, 0.0), 0), tl.sum(tl.where(t == 0, y, 0.0), 0)
-        for h in range(H):
-            wq, wk, wv = load_head(qkv_ptr, h, H, D, C, "fp32")
-            _, _, _, py = cls_scores(y, y_cls, wq, wk, scale, T)
-            o = tl.sum(wv * py[None, :], 1)
-            z += tl.sum(tl.load(out_ptr + h * D) * o[None, :], 1)
-        tl.store(z_ptr + b * C + c, cast(z, DTYPE))
-    else:
-        z, y = x, cast(y, DTYPE)
-        for h in range(H):
-            wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
-            q = cast(dot(y, tl.trans(wq)), DTYPE)  # (TP, C) x (C, D) -> (TP, D)
-            k = cast(dot(y, tl.trans(wk)), DTYPE)
-            v = cast(dot(y, tl.trans(wv)), DTYPE)
-            scores = dot(q, tl.trans(k))  # (TP, D) x (D, TP) -> (TP, TP)
-            p = cast(softmax(scores, scale, tl.arange(0, TP)[None, :] < T, 1), DTYPE)
-            o = cast(dot(p, v), DTYPE)  # (TP, TP) x (TP, D) -> (TP, D)
-            z += dot(o, tl.trans(load(out_ptr + h * D, DTYPE)))  # (TP, D) x (D, C) -> (TP, C)
-        tl.store(z_ptr + b * T * C + t * C + c[None, :], cast(z, DTYPE), mask=t < T)
+    y = cast(load_norm(x_ptr, t, T, norm_weight_ptr, norm_bias_ptr, C)[1], DTYPE)
+    z, yq = load_norm(x_ptr, i, Q, norm_weight_ptr, norm_bias_ptr, C)
+    yq = cast(yq, DTYPE)
+    for h in range(H):
+        wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
+        q = cast(dot(yq, tl.trans(wq)), DTYPE)  # (QP, C) x (C, D) -> (QP, D)
+        k = cast(dot(y, tl.trans(wk)), DTYPE)  # (TP, C) x (C, D) -> (TP, D)
+        v = cast(dot(y, tl.trans(wv)), DTYPE)
+        p = cast(softmax(dot(q, tl.trans(k)), scale, T), DTYPE)  # (QP, D) x (D, TP) -> (QP, TP)
+        o = cast(dot(p, v), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
+        z += dot(o, tl.trans(load(out_ptr + h * D, DTYPE)))  # (QP, D) x (D, C) -> (QP, C)
+    tl.store(z_ptr + b * Q * C + i * C + c[None, :], cast(z, DTYPE), mask=i < Q)
 
 
 @triton.jit
 def heads_backward(
-    y, dz_ptr, mask, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, is_later, scale,
+    y, yq, dz_ptr, num_rows, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, is_later, scale,
     T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dy (TP, C); stores the weight gradients of one image, or adds them to those before."""
     TP: tl.constexpr = y.shape[0]
+    QP: tl.constexpr = yq.shape[0]
     C: tl.constexpr = y.shape[1]
-    c, d = tl.arange(0, C), tl.arange(0, D)
+    i, c, d = tl.arange(0, QP)[:, None], tl.arange(0, C), tl.arange(0, D)
     row, column = d[:, None] * C + c[None, :], c[:, None] * (H * D) + d[None, :]  # (D, C), (C, D)
+    dz_ptr += i * C + c[None, :]
     dy = tl.zeros((TP, C), tl.float32)
     for h in range(H):
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
-        q = cast(dot(y, tl.trans(wq)), DTYPE)  # (TP, C) x (C, D) -> (TP, D)
-        k = cast(dot(y, tl.trans(wk)), DTYPE)
+        q = cast(dot(yq, tl.trans(wq)), DTYPE)  # (QP, C) x (C, D) -> (QP, D)
+        k = cast(dot(y, tl.trans(wk)), DTYPE)  # (TP, C) x (C, D) -> (TP, D)
         v = cast(dot(y, tl.trans(wv)), DTYPE)
-        dz = tl.load(dz_ptr, mask=mask, other=0.0)
-        do = cast(dot(dz, load(out_ptr + h * D + column, DTYPE)), DTYPE)  # (TP, C) x (C, D)
-        scores = dot(q, tl.trans(k))  # (TP, D) x (D, TP) -> (TP, TP)
-        p = softmax(scores, scale, tl.arange(0, TP)[None, :] < T, 1)
+        dz = tl.load(dz_ptr, mask=i < num_rows, other=0.0)
+        do = cast(dot(dz, load(out_ptr + h * D + column, DTYPE)), DTYPE)  # (QP, C) x (C, D)
+        p = softmax(dot(q, tl.trans(k)), scale, T)  # (QP, D) x (D, TP) -> (QP, TP)
         rounded = cast(p, DTYPE)
-        o = cast(dot(rounded, v), DTYPE)  # (TP, TP) x (TP, D) -> (TP, D)
-        dv = cast(dot(tl.trans(rounded), do), DTYPE)  # (TP, TP) x (TP, D) -> (TP, D)
+        o = cast(dot(rounded, v), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
+        dv = cast(dot(tl.trans(rounded), do), DTYPE)  # (TP, QP) x (QP, D) -> (TP, D)
         dhead_ptr = dqkv_ptr + h * D * C
         accumulate(dhead_ptr + 2 * H * D * C + row, dot(tl.trans(dv), y), is_later)  # (D, C)
         # dz and the weights are read twice: registers and shared memory are scarce.
-        dz = tl.load(dz_ptr, mask=mask, other=0.0)
-        accumulate(dout_ptr + h * D + column, dot(tl.trans(dz), o), is_later)  # (C, TP) x (TP, D)
+        dz = tl.load(dz_ptr, mask=i < num_rows, other=0.0)
+        accumulate(dout_ptr + h * D + column, dot(tl.trans(dz), o), is_later)  # (C, QP) x (QP, D)
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
         dy += dot(dv, wv)  # (TP, D) x (D, C) -> (TP, C)
-        dp = dot(do, tl.trans(v))  # (TP, D) x (D, TP) -> (TP, TP)
+        dp = dot(do, tl.trans(v))  # (QP, D) x (D, TP) -> (QP, TP)
         ds = cast(p * (dp - tl.sum(p * dp, 1)[:, None]) * scale, DTYPE)
-        dq = cast(dot(ds, k), DTYPE)
-        accumulate(dhead_ptr + row, dot(tl.trans(dq), y), is_later)
-        dy += dot(dq, wq)
-        dk = cast(dot(tl.trans(ds), q), DTYPE)
+        dq = cast(dot(ds, k), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
+        accumulate(dhead_ptr + row, dot(tl.trans(dq), yq), is_later)
+        if QP == TP:
+            dy += dot(dq, wq)
+        else:  # the CLS token alone: rows after the first are 0
+            dy += tl.where(tl.arange(0, TP)[:, None] == 0, tl.sum(dot(dq, wq), 0)[None, :], 0.0)
+        dk = cast(dot(tl.trans(ds), q), DTYPE)  # (TP, QP) x (QP, D) -> (TP, D)
         accumulate(dhead_ptr + H * D * C + row, dot(tl.trans(dk), y), is_later)
         dy += dot(dk, wk)
     return dy
-
-
-@triton.jit
-def cls_heads_backward(
-    y, dz, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, is_later, scale,
-    T: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """The same with dz (C,) of the CLS token alone."""
-    TP: tl.constexpr = y.shape[0]
-    C: tl.constexpr = y.shape[1]
-    c, d, is_cls = tl.arange(0, C), tl.arange(0, D), tl.arange(0, TP)[:, None] == 0
-    row, column = d[:, None] * C + c[None, :], c[:, None] * (H * D) + d[None, :]  # (D, C), (C, D)
-    y_cls = tl.sum(tl.where(is_cls, y, 0.0), 0)
-    dy, dy_cls = tl.zeros((TP, C), tl.float32), tl.zeros((C,), tl.float32)
-    for h in range(H):
-        wq, wk, wv = load_head(qkv_ptr, h, H, D, C, "fp32")
-        q, kq, p, py = cls_scores(y, y_cls, wq, wk, scale, T)
-        o = tl.sum(wv * py[None, :], 1)
-        accumulate(dout_ptr + h * D + column, dz[:, None] * o[None, :], is_later)
-        do = tl.sum(tl.load(out_ptr + h * D + column) * dz[:, None], 0)
-        dhead_ptr = dqkv_ptr + h * D * C
-        accumulate(dhead_ptr + 2 * H * D * C + row, do[:, None] * py[None, :], is_later)
-        vdo = tl.sum(wv * do[:, None], 0)  # Wv' do
-        dp = tl.sum(y * vdo[None, :], 1)
-        ds = p * (dp - tl.sum(p * dp, 0)) * scale
-        dsy = tl.sum(ds[:, None] * y, 0)
-        accumulate(dhead_ptr + H * D * C + row, q[:, None] * dsy[None, :], is_later)
-        dq = tl.sum(wk * dsy[None, :], 1)
-        accumulate(dhead_ptr + row, dq[:, None] * y_cls[None, :], is_later)
-        dy_cls += tl.sum(wq * dq[:, None], 0)
-        dy += ds[:, None] * kq[None, :] + p[:, None] * vdo[None, :]
-    return dy + tl.where(is_cls, dy_cls[None, :], 0.0)
 
 
 # Compiled once for a count of 1, without the sums over images, and once for others.
@@ -177,12 +132,12 @@ def backward_kernel(
     x_ptr,  # (B, T, C), working dtype
     norm_weight_ptr, norm_bias_ptr,  # (C,)
     qkv_ptr, out_ptr,  # (3HD, C), (C, HD)
-    dz_ptr,  # (B, T or 1, C), working dtype
+    dz_ptr,  # (B, Q, C), working dtype
     dx_ptr,  # (B, T, C), working dtype or fp32
     partial_ptr,  # (programs, 2C + 3HDC + CHD), of norm weight and bias, qkv and out
     scale, B, count,  # images; images of a program
-    T: tl.constexpr, TP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    CLS_ONLY: tl.constexpr, DTYPE: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     t, c = tl.arange(0, TP)[:, None], tl.arange(0, C)
     partial_ptr += tl.program_id(0).to(tl.int64) * (4 * H * D * C + 2 * C)
@@ -190,51 +145,47 @@ def backward_kernel(
     i = 0
     while i < count:
         b = tl.program_id(0).to(tl.int64) * count + i
-        offsets, mask = b * T * C + t * C + c[None, :], (t < T) & (b < B)
-        x_hat, rstd = normalize_rows(tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
-        y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr)
-        if CLS_ONLY:
-            dz = tl.load(dz_ptr + b * C + c, mask=(c < C) & (b < B), other=0.0).to(tl.float32)
-            dy = cls_heads_backward(
-                y, dz, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, i > 0, scale, T, H, D
-            )
-        else:
-            dy = heads_backward(
-                cast(y, DTYPE), dz_ptr + offsets, mask, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr,
-                i > 0, scale, T, H, D, DTYPE,
-            )  # fmt: skip
-            # Read again: to keep it in registers over the heads would spill.
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            x_hat, rstd = normalize_rows(x)
+        num_rows, num_queries = tl.where(b < B, T, 0), tl.where(b < B, Q, 0)
+        x_at, dz_at = x_ptr + b * T * C, dz_ptr + b * Q * C
+        y = cast(load_norm(x_at, t, num_rows, norm_weight_ptr, norm_bias_ptr, C)[1], DTYPE)
+        yq = y
+        if QP != TP:
+            tq = tl.arange(0, QP)[:, None]
+            yq = load_norm(x_at, tq, num_queries, norm_weight_ptr, norm_bias_ptr, C)[1]
+            yq = cast(yq, DTYPE)
+        dy = heads_backward(
+            y, yq, dz_at, num_queries, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, i > 0, scale,
+            T, H, D, DTYPE,
+        )  # fmt: skip
+        # Read again: to keep it in registers over the heads would spill.
+        offsets, mask = t * C + c[None, :], t < num_rows
+        x_hat, rstd = normalize_rows(tl.load(x_at + offsets, mask=mask, other=0.0).to(tl.float32))
         accumulate(partial_ptr + c, tl.sum(dy * x_hat, 0), i > 0)
         accumulate(partial_ptr + C + c, tl.sum(dy, 0), i > 0)
         dx = layer_norm_backward(dy, x_hat, rstd, norm_weight_ptr)
-        if CLS_ONLY:
-            dx += tl.where(t == 0, dz[None, :], 0.0)
-        else:
-            dx += tl.load(dz_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + offsets, cast(dx, DTYPE), mask=mask)
+        dx += tl.load(dz_at + offsets, mask=t < num_queries, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + b * T * C + offsets, cast(dx, DTYPE), mask=mask)
         tl.debug_barrier()  # what one thread has stored another may load for the next image
         i += 1
 
 
-def unpack(module, x, target):
-    """Parameters of a vit.Attention, the scale of scores, and constants of the kernels."""
-    weights, H, (_, T, C) = list(module.parameters()), module.heads, x.shape
-    D = len(weights[2]) // (3 * H)
-    sizes = {"T": T, "TP": padded(T), "C": C, "H": H, "D": D, "CLS_ONLY": module.cls_only}
-    return weights, D**-0.5, sizes | target.options("attention")
+def constants(weights, heads, x, z, target):
+    """Scale of the scores, and constants of the kernels."""
+    _, T, C = x.shape
+    D, Q = len(weights[2]) // (3 * heads), z.shape[1]
+    sizes = {"T": T, "TP": padded(T), "Q": Q, "QP": padded(Q), "C": C, "H": heads, "D": D}
+    return D**-0.5, sizes | target.options("attention")
 
 
-def forward(module, x, z, num_images, target):
-    """Write z = module(x), (B, T, C) or (B, 1, C), of x (B, T, C) and a vit.Attention."""
-    weights, scale, sizes = unpack(module, x, target)
+def forward(x, weights, heads, z, num_images, target):
+    """Write z (B, Q, C) of x (B, T, C) and the parameters of a vit.Attention."""
+    scale, sizes = constants(weights, heads, x, z, target)
     launch(forward_kernel, num_images, x, *weights, z, scale, **sizes)
 
 
-def backward(module, x, dz, dx, partial_grads, num_images, target):
-    """Write dx and the partial gradients of the parameters, given dz (B, T or 1, C)."""
-    weights, scale, sizes = unpack(module, x, target)
+def backward(x, weights, heads, dz, dx, partial_grads, num_images, target):
+    """Write dx and the partial gradients of the parameters, given dz (B, Q, C)."""
+    scale, sizes = constants(weights, heads, x, dz, target)
     args = partial_grads, scale, num_images, images_per_program(num_images)
     launch(backward_kernel, num_programs(num_images), x, *weights, dz, dx, *args, **sizes)
 
@@ -249,12 +200,12 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, qkv, out, heads, cls_only=False):
-        ctx.target, weights = Target.of(x.device, x.dtype), (norm_weight, norm_bias, qkv, out)
-        ctx.module = SimpleNamespace(parameters=lambda: weights, heads=heads, cls_only=cls_only)
+        ctx.target, ctx.heads = Target.of(x.device, x.dtype), heads
+        weights = norm_weight, norm_bias, qkv, out
         x = x.to(ctx.target.storage).contiguous()
         ctx.save_for_backward(x, *weights)
         z = torch.empty_like(x[:, :1] if cls_only else x)
-        forward(ctx.module, x, z, len(x), ctx.target)
+        forward(x, weights, heads, z, len(x), ctx.target)
         return z.to(ctx.target.dtype)
 
     @staticmethod
@@ -263,6 +214,6 @@ class FusedAttention(torch.autograd.Function):
         dz, dx = dz.to(x.dtype).contiguous(), torch.empty_like(x)
         sizes = [w.numel() for w in weights]
         partial_grads = x.new_empty(num_programs(len(x)), sum(sizes), dtype=torch.float32)
-        backward(ctx.module, x, dz, dx, partial_grads, len(x), ctx.target)
-        grads = zip(partial_grads.sum(0).split(sizes), weights)
-        return dx.to(ctx.target.dtype), *(grad.view(w.shape) for grad, w in grads), None, None
+        backward(x, weights, ctx.heads, dz, dx, partial_grads, len(x), ctx.target)
+        grads = [g.view_as(w) for g, w in zip(partial_grads.sum(0).split(sizes), weights)]
+        return dx.to(ctx.target.dtype), *grads, None, None

@@ -33,10 +33,8 @@ class GraphedFunction:
                 self.graphs.clear()
                 reason = f"CUDA graph: not captured ({first_line(error)})"
                 print(f"{reason}; kernels are launched one by one", file=sys.stderr)
-        if self.graphs.setdefault(key):
-            self.graphs[key].replay()
-        else:
-            self.function(key)
+        graph = self.graphs.setdefault(key)
+        graph.replay() if graph else self.function(key)
 
     def capture(self, key):
         """A graph of function(key). A failure leaves stream and random generator as they were."""

@@ -14,22 +14,22 @@ import triton
 import triton.language as tl
 
 from kernels.functions import (
-    cast, dot, launch, layer_norm_backward, normalize_rows, padded, plan_row, scale_shift,
+    cast, dot, launch, layer_norm_backward, normalize_rows, padded, first_image, scale_shift,
 )  # fmt: skip
 
 ROWS = 16
 
 
-@triton.jit(do_not_specialize=["batch_size", "shard_start", "B"])
+@triton.jit(do_not_specialize=["batch_size", "B"])
 def head_kernel(
     x_ptr,  # (B, C), working dtype
     norm_weight_ptr, norm_bias_ptr,  # (C,)
     weight_ptr, bias_ptr,  # (K, C), (K,)
-    labels_ptr, indices_ptr,  # (N,), int64; of the training set, and of the epoch's plan
+    labels_ptr,  # (N,), int64, in the order of the epoch
     counter_ptr,  # (1,), int32, steps done in the epoch
     dx_ptr,  # (B, C), working dtype
     partial_ptr,  # (programs, 2C + KC + K + 2), of norm, weight, bias; sum of losses; correct
-    batch_size, shard_start, B,
+    batch_size, B,  # images of a full batch on this rank, of this batch
     K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     b, c, k = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, C), tl.arange(0, KP)
@@ -41,8 +41,8 @@ def head_kernel(
     logits = dot(y, tl.trans(weight)) + tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     logits = tl.where(k[None, :] < K, logits, -float("inf"))  # (R, KP)
 
-    plan = plan_row(counter_ptr, batch_size, shard_start) + b
-    label = tl.load(labels_ptr + tl.load(indices_ptr + plan, mask=b < B, other=0)).to(tl.int32)
+    labels_ptr += first_image(counter_ptr, batch_size) + b
+    label = tl.load(labels_ptr, mask=b < B, other=0).to(tl.int32)
     is_label = k[None, :] == label[:, None]
     largest = tl.max(logits, 1)
     powers = tl.exp(logits - largest[:, None])
@@ -69,12 +69,10 @@ def num_programs(num_images):
     return triton.cdiv(num_images, ROWS)
 
 
-def forward_backward(
-    model, x, labels, indices, counter, dx, partial_grads, row, num_images, target
-):
+def forward_backward(model, x, labels, counter, dx, partial_grads, batch_size, num_images, target):
     """Write dx and partial gradients, loss and correct of norm, head and cross entropy."""
     K, C = model.head.weight.shape
     weights = *model.norm.parameters(), *model.head.parameters()
-    args = x, *weights, labels, indices, counter, dx, partial_grads, *row, num_images
+    args = x, *weights, labels, counter, dx, partial_grads, batch_size, num_images
     sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **target.options("head")}
     launch(head_kernel, num_programs(num_images), *args, **sizes)

@@ -41,7 +41,7 @@ def forward_kernel(
     h = dot(y, tl.trans(w1)) + tl.load(bias1_ptr + m)[None, :]  # (R, C) x (C, M) -> (R, M)
     w2 = load(weight2_ptr + c[:, None] * M + m[None, :], DTYPE)
     z = x + tl.load(bias2_ptr + c)[None, :]
-    z += dot(cast(gelu(h, DTYPE), DTYPE), tl.trans(w2))  # (R, M) x (M, C) -> (R, C)
+    z += dot(cast(gelu(h), DTYPE), tl.trans(w2))  # (R, M) x (M, C) -> (R, C)
     tl.store(z_ptr + offsets, cast(z, DTYPE), mask=mask)
 
 
@@ -71,7 +71,7 @@ def backward_kernel(
         y = cast(scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr), DTYPE)
         w1 = load(weight1_ptr + at1, DTYPE)
         h = dot(y, tl.trans(w1)) + tl.load(bias1_ptr + m)[None, :]  # (R, C) x (C, M) -> (R, M)
-        g, dh = gelu_with_grad(h, DTYPE)
+        g, dh = gelu_with_grad(h)
         dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0)
         dweight2 += dot(tl.trans(dz), cast(g, DTYPE))  # (C, R) x (R, M) -> (C, M)
         dbias2 += tl.sum(dz.to(tl.float32), 0)

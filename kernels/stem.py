@@ -14,16 +14,15 @@ several: it sums its part of dW1 and dW2 over all patches, and dWp over its quar
 registers. Gradients of CLS token and positions are sums of dx, made with all the others.
 
 Letters: B batch, S side of an image (32), P side of a patch (2), N patches (256), I input channels
-(3), K = 9 I padded (32), L channels (32), C width (64), T tokens (L + 1). Convolution as a product
-of gathered pixels: Chellapilla et al. 2006, "High performance convolutional neural networks for
-document processing".
+(3), K = 9 I padded (32), L channels (32), C width (64), T tokens (L + 1).
 """
 
 import triton
 import triton.language as tl
 
 from kernels.functions import (
-    cast, dot, gelu, gelu_with_grad, images_per_program, launch, load, num_programs, padded,
+    cast, dot, first_image, gelu, gelu_with_grad, images_per_program, launch, load, num_programs,
+    padded,
 )  # fmt: skip
 
 
@@ -37,22 +36,25 @@ def im2col(image_ptr, n, pixel, I: tl.constexpr, S: tl.constexpr, P: tl.constexp
     return tl.load(image_ptr + offsets, mask=k[None, :] < 9 * I, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def forward_kernel(
-    images_ptr,  # (B, I, S + 2, S + 2), working dtype
+    images_ptr,  # (N, I, S + 2, S + 2), working dtype, in the order of the epoch
+    counter_ptr,  # (1,), int32, steps done in the epoch
     weight1_ptr, bias1_ptr,  # (L, 9I), (L,)
     weight2_ptr, bias2_ptr,  # (L, L, P, P), (L,)
     proj_ptr, bias_ptr,  # (C, N), (C,)
     cls_ptr, position_ptr,  # (C,), (T, C)
     a_ptr,  # (B, N, L), working dtype
     x_ptr,  # (B, T, C), working dtype
+    batch_size,  # images of a full batch on this rank
     I: tl.constexpr, S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     C: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = (S // P) * (S // P)
     b = tl.program_id(0).to(tl.int64)
     k, l, c = tl.arange(0, K), tl.arange(0, L), tl.arange(0, C)
-    image_ptr = images_ptr + b * (I * (S + 2) * (S + 2))
+    image = first_image(counter_ptr, batch_size) + b
+    image_ptr = images_ptr + image * (I * (S + 2) * (S + 2))
     taps = l[:, None] * (9 * I) + k[None, :]
     w1 = load(weight1_ptr + taps, DTYPE, k[None, :] < 9 * I)  # (L, K)
     b1, b2 = tl.load(bias1_ptr + l), tl.load(bias2_ptr + l)
@@ -62,12 +64,12 @@ def forward_kernel(
         a = tl.zeros((TILE, L), tl.float32) + b2[None, :]
         for pixel in range(P * P):
             seen = im2col(image_ptr, n, pixel, I, S, P, K)
-            h = gelu(dot(seen, tl.trans(w1)) + b1[None, :], DTYPE)  # (n, K) x (K, L) -> (n, L)
+            h = gelu(dot(seen, tl.trans(w1)) + b1[None, :])  # (n, K) x (K, L) -> (n, L)
             w2 = load(weight2_ptr + (l[:, None] * L + l[None, :]) * (P * P) + pixel, DTYPE)
             a += dot(cast(h, DTYPE), tl.trans(w2))  # (n, L) x (L, L) -> (n, L)
         a = cast(a, DTYPE)
         tl.store(a_ptr + b * (N * L) + n[:, None] * L + l[None, :], a)
-        g = cast(gelu(a.to(tl.float32), DTYPE), DTYPE)
+        g = cast(gelu(a.to(tl.float32)), DTYPE)
         proj = load(proj_ptr + c[:, None] * N + n[None, :], DTYPE)
         tokens += dot(proj, g)  # (C, n) x (n, L) -> (C, L)
     offsets = (l[None, :] + 1) * C + c[:, None]
@@ -77,9 +79,9 @@ def forward_kernel(
     tl.store(x_ptr + offsets, cast(tokens, DTYPE))
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["count"])
+@triton.jit(do_not_specialize=["batch_size", "B"], do_not_specialize_on_alignment=["count"])
 def backward_kernel(
-    images_ptr,  # (B, I, S + 2, S + 2), working dtype
+    images_ptr, counter_ptr,  # as in the forward
     weight1_ptr, bias1_ptr,  # (L, 9I), (L,)
     weight2_ptr,  # (L, L, P, P)
     proj_ptr,  # (C, N)
@@ -87,7 +89,7 @@ def backward_kernel(
     dx_ptr,  # (B, T, C), fp32
     conv1_ptr,  # (groups PP, 9IL + L), partial gradients of conv1's weight and bias
     rest_ptr,  # (groups, LLPP + L + CN + C), of conv2's weight and bias, proj's weight and bias
-    B, count,  # images; images of a group
+    batch_size, B, count,  # images of a full batch, of this batch, of a group
     I: tl.constexpr, S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     C: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -107,24 +109,25 @@ def backward_kernel(
     b = (group * count).to(tl.int64)
     stop = tl.minimum(b + count, B)
     while b < stop:
-        image_ptr, a_tile_ptr = images_ptr + b * (I * (S + 2) * (S + 2)), a_ptr + b * (N * L)
+        image = first_image(counter_ptr, batch_size) + b
+        image_ptr, a_tile_ptr = images_ptr + image * (I * (S + 2) * (S + 2)), a_ptr + b * (N * L)
         tokens = (l[:, None] + 1) * C + c[None, :]  # without the CLS token
         dx = tl.load(dx_ptr + b * ((L + 1) * C) + tokens)  # (L, C)
         dbias += tl.sum(dx, 0)
         dx = cast(dx, DTYPE)
         a_own = tl.load(a_tile_ptr + own[:, None] * L + l[None, :]).to(tl.float32)
-        g = cast(gelu(a_own, DTYPE), DTYPE)
+        g = cast(gelu(a_own), DTYPE)
         dproj += dot(tl.trans(dx), tl.trans(g))  # (C, L) x (L, n) -> (C, n)
         for first in range(0, N, TILE):
             n = first + tl.arange(0, TILE)
             a = tl.load(a_tile_ptr + n[:, None] * L + l[None, :]).to(tl.float32)
-            da = gelu_with_grad(a, DTYPE)[1]
+            da = gelu_with_grad(a)[1]
             proj = load(proj_ptr + c[:, None] * N + n[None, :], DTYPE)
             da *= dot(tl.trans(proj), tl.trans(dx))  # (n, C) x (C, L) -> (n, L)
             dbias2 += tl.sum(da, 0)
             da = cast(da, DTYPE)
             seen = im2col(image_ptr, n, pixel, I, S, P, K)
-            h, dh = gelu_with_grad(dot(seen, tl.trans(w1)) + b1[None, :], DTYPE)  # (n, L)
+            h, dh = gelu_with_grad(dot(seen, tl.trans(w1)) + b1[None, :])  # (n, L)
             dweight2 += dot(tl.trans(da), cast(h, DTYPE))  # (L, n) x (n, L) -> (L, L)
             dc = dot(da, w2) * dh  # (n, L) x (L, L) -> (n, L)
             dbias1 += tl.sum(dc, 0)
@@ -141,26 +144,24 @@ def backward_kernel(
     tl.store(rest_ptr + L + C * N + c, dbias, mask=pixel + c * 0 == 0)
 
 
-def sizes(stem):
-    conv1, conv2 = stem.conv1, stem.conv2
-    I, L = conv1.in_channels, conv1.out_channels
-    C, N = stem.proj.weight.shape
-    P = conv2.stride[0]
-    S = P * round(N**0.5)
-    return {"I": I, "S": S, "P": P, "K": padded(9 * I), "L": L, "C": C}
+def constants(stem, target, kernel):
+    (C, N), (L, I), P = stem.proj.weight.shape, stem.conv1.weight.shape[:2], stem.conv2.stride[0]
+    sizes = {"I": I, "S": P * round(N**0.5), "P": P, "K": padded(9 * I), "L": L, "C": C}
+    return sizes | target.options(kernel)
 
 
-def forward(model, images, a, x, num_images, target):
-    """The embedding of images (B, I, S + 2, S + 2), padded with zeros: writes a and x (B, T, C)."""
-    args = images, *model.stem.parameters(), model.cls_token, model.pos_embedding, a, x
-    constants = sizes(model.stem) | target.options("stem forward")
-    launch(forward_kernel, num_images, *args, **constants)
+def forward(model, images, counter, a, x, batch_size, num_images, target):
+    """Write a and x (B, T, C), the embedding of images (N, I, S + 2, S + 2), padded with zeros."""
+    weights = *model.stem.parameters(), model.cls_token, model.pos_embedding
+    sizes = constants(model.stem, target, "stem forward")
+    launch(forward_kernel, num_images, images, counter, *weights, a, x, batch_size, **sizes)
 
 
-def backward(model, images, a, dx, conv1_grads, rest_grads, num_images, target):
-    """Partial gradients of the stem's parameters, given dx (B, T, C) in float32."""
-    count = images_per_program(num_images)
+def backward(model, images, counter, a, dx, partials, batch_size, num_images, target):
+    """Write partial gradients of conv1 and of the other parameters, given dx (B, T, C), fp32."""
     weight1, bias1, weight2, _, proj, _ = model.stem.parameters()
-    args = images, weight1, bias1, weight2, proj, a, dx, conv1_grads, rest_grads, num_images, count
-    constants = sizes(model.stem) | target.options("stem backward")
-    launch(backward_kernel, constants["P"] ** 2 * num_programs(num_images), *args, **constants)
+    args = images, counter, weight1, bias1, weight2, proj, a, dx, *partials, batch_size
+    sizes = constants(model.stem, target, "stem backward")
+    programs = sizes["P"] ** 2 * num_programs(num_images)
+    count = images_per_program(num_images)
+    launch(backward_kernel, programs, *args, num_images, count, **sizes)

@@ -1,33 +1,26 @@
 """The training step on a GPU: launches over preallocated buffers. Read `FusedStep.launch`.
 
-There is no autograd, no random number and no value of the host in it: rows of the epoch's plan,
-lr and momentum come from tables on the device, at the row of a counter on the device that the step
-itself advances. So a step is one CUDA graph, replayed. trainer.Trainer.torch_step is the reference.
+There is no autograd, no random number and no value of the host in it: images are augmented for a
+whole epoch ahead, as in PyTorch; lr and momentum come from a table on the device, at the row of a
+counter on the device that the step itself advances. So a step is one CUDA graph, replayed.
+trainer.Trainer.torch_step is the reference.
 
 fp16: gradients of activations are those of the *sum* of losses, a static loss scale of the batch
-size that costs nothing, for the sum over partial gradients, in fp32, divides in any case. Dlogits
-of an image are in [-1, 1] whatever the batch. After 20 epochs of recipes default and original on
-CIFAR-10 no gradient was above 2.5 and no activation above 790, of 65504, and 0.06 % of gradients at
-most, the smallest, became 0: their relative error was that of rounding, 2e-4. A gradient that
-overflows all the same makes those of parameters infinite, which the run reports, and stops.
+size, as the sum over partial gradients, in fp32, divides in any case; docs/kernels.md has the range
+of values. One that overflows makes gradients of parameters infinite, which the run reports.
 """
 
-import copy
-import dataclasses
-import functools
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
-from augment import EpochPlan, Normalize
-from cli import first_line
-from kernels import attention, head, mlp, muon, stem, update, verify
-from kernels import functions as fn
-from kernels.augment import augment, kernel_plan
+from augment import augment
+from kernels import attention, head, mlp, muon, stem, update
+from kernels.functions import Target, num_programs
 from kernels.graph import GraphedFunction
-from schedule import COEFFICIENTS, RECIPES, build_optimizers
-from vit import ViT, build_model
+from schedule import COEFFICIENTS, build_optimizers
+
+AUGMENT_BATCH = 5000  # images, which bounds the memory that augmentation takes for a moment
 
 
 class FusedStep:
@@ -39,45 +32,40 @@ class FusedStep:
 
     def __init__(self, trainer, target=None):
         self.trainer, self.recipe, self.dist = trainer, trainer.recipe, trainer.runtime.dist
-        self.model, self.normalize = trainer.model, trainer.normalize
-        self.totals, self.finite_counts = trainer.totals, trainer.finite_counts
-        self.images, self.labels = trainer.dataset.train_images, trainer.dataset.train_labels
-        self.device = device = self.images.device
-        self.target = target or fn.Target.of(device, trainer.runtime.dtype)
+        self.model, self.totals = trainer.model, trainer.totals
+        self.finite_counts, self.dataset = trainer.finite_counts, trainer.dataset
+        self.device = device = self.dataset.train_images.device
+        self.target = target or Target.of(device, trainer.runtime.dtype)
         self.param, self.averaging = flatten(self.model), trainer.averaged_model is not self.model
         self.average = flatten(trainer.averaged_model) if self.averaging else self.param
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.param), torch.zeros_like(self.param)
         self.grad = torch.zeros(len(self.param) + 2, device=device)  # and sum of losses, correct
-        indices = torch.zeros(len(self.images), dtype=torch.int64, device=device)
-        self.plan = EpochPlan(*(column.clone() for column in kernel_plan(EpochPlan(indices))))
         self.counter, self.next_step = torch.zeros(1, dtype=torch.int32, device=device), None
         self.hparams = torch.zeros(trainer.steps_per_epoch, 6, device=device)
         self.coefficients = torch.tensor(COEFFICIENTS, device=device)
-        sizes = {self.recipe.batch_size, len(self.images) % self.recipe.batch_size} - {0}
-        self.allocate(max(self.shard(size)[1] for size in sizes))
-        self.batches = {size: self.batch_tables(size) for size in sizes}
+        self.allocate(self.recipe.batch_size, len(self.dataset.train_images))
         self.assign_optimizers()
         self.run = GraphedFunction(self.launch, device)
 
     def launch(self, size):
         """Launch all kernels of a step on this rank's images of a batch of `size`."""
-        batch = self.batches[size]
-        images, plan, counter, recipe = self.images, self.plan, self.counter, self.recipe
+        batch, model, partials, recipe = self.batches[size], self.model, self.partials, self.recipe
         pixels, a, x, z, dx, dz = self.pixels, self.a, self.x, self.z, self.dx, self.dz
-        model, partials, args = self.model, self.partials, (batch.num_images, self.target)
+        args = batch.num_images, self.target
 
-        augment(images, plan, self.normalize, recipe, counter, pixels, batch.row, *args)
-        stem.forward(model, pixels, a, x[0], *args)
+        stem.forward(model, pixels, self.counter, a, x[0], self.batch_size, *args)
         for i, block in enumerate(model.blocks):
-            attention.forward(block.attention, x[i], z[i], *args)
+            weights = list(block.attention.parameters()), block.attention.heads
+            attention.forward(x[i], *weights, z[i], *args)
             mlp.forward(block.mlp, z[i], x[i + 1], *args)
-        loss_args = self.labels, plan.indices, counter, dx[-1], partials["head"], batch.row
+        loss_args = self.labels, self.counter, dx[-1], partials["head"], self.batch_size
         head.forward_backward(model, x[-1], *loss_args, *args)
         for i, block in reversed(list(enumerate(model.blocks))):
             mlp.backward(block.mlp, z[i], dx[i + 1], dz[i], partials["mlp", i], *args)
-            grads = partials["attention", i]
-            attention.backward(block.attention, x[i], dz[i], dx[i], grads, *args)
-        stem.backward(model, pixels, a, dx[0], partials["conv1"], partials["stem"], *args)
+            weights = list(block.attention.parameters()), block.attention.heads
+            attention.backward(x[i], *weights, dz[i], dx[i], partials["attention", i], *args)
+        stem_grads = partials["conv1"], partials["stem"]
+        stem.backward(model, pixels, self.counter, a, dx[0], stem_grads, self.batch_size, *args)
         update.reduce(self, batch.tiles, batch.scale, recipe.l1 * (self.dist.rank == 0))
         self.dist.all_reduce_sum(self.grad)
         if recipe.optimizer == "muon":
@@ -85,9 +73,15 @@ class FusedStep:
         update.adamw(self, self.blocks, recipe.weight_decay, recipe.beta2, recipe.eps)
 
     def begin_epoch(self, plan, lrs, momenta):
-        """Copy the EpochPlan of trainer.epoch, and lr and momentum of its steps, to the device."""
-        for buffer, column in zip(self.plan, kernel_plan(plan)):
-            buffer.copy_(column)
+        """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
+        dataset, rows = self.dataset, plan.at(self.rows)
+        self.labels.copy_(dataset.train_labels[rows.indices])
+        for i in range(0, len(self.rows), AUGMENT_BATCH):
+            part = rows.at(slice(i, i + AUGMENT_BATCH))
+            images = dataset.train_images[part.indices]
+            images = augment(images, part, self.recipe, self.trainer.normalize)
+            inside = self.pixels[i : i + AUGMENT_BATCH, :, 1:-1, 1:-1]
+            inside.copy_(images.to(self.target.dtype))
         recipe, n = self.recipe, torch.arange(len(lrs), dtype=torch.float64) + 1
         n += self.trainer.epoch * self.trainer.steps_per_epoch
         lr, momentum = torch.tensor([lrs, momenta], dtype=torch.float64)
@@ -102,7 +96,7 @@ class FusedStep:
         if i != self.next_step:
             self.counter.fill_(i)
         size = self.recipe.batch_size
-        self.run(min(size, len(self.images) - i * size))
+        self.run(min(size, len(self.dataset.train_images) - i * size))
         self.next_step = i + 1
 
     def state_dict(self):
@@ -114,34 +108,38 @@ class FusedStep:
 
     # --- buffers and tables ---
 
-    def shard(self, size):
-        """(start, number) of this rank's images in a batch."""
-        start, stop = self.dist.shard(size)
-        return start, stop - start
-
-    def allocate(self, B):
-        """Activations, their gradients, and partial gradients of at most B images."""
-        config = self.model.config
+    def allocate(self, full, N):
+        """Buffers for batches of `full` of N images, and the last one, which may be smaller."""
+        config, storage = self.model.config, self.target.storage
         S, T, C = config["image_size"], config["channels"] + 1, config["dim"]
         tokens = [T] * (config["depth"] - 1) + [1]  # in the last block of the CLS token alone
 
-        def buffer(*shape):
-            return torch.zeros(shape, dtype=self.target.storage, device=self.device)
+        def buffer(*shape, dtype=storage):
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.pixels = buffer(B, config["in_channels"], S + 2, S + 2)  # in a margin of zeros
-        self.a = buffer(B, S * S // 4, T - 1)  # conv2, before its GELU
+        sizes = [min(full, N - first) for first in range(0, N, full)]
+        shards = {size: self.dist.shard(size) for size in {*sizes}}
+        rows = [torch.arange(*shards[size]) + i * full for i, size in enumerate(sizes)]
+        self.rows = torch.cat(rows).to(self.device)  # of an epoch's plan, this rank's
+        counts = {size: stop - start for size, (start, stop) in shards.items()}
+        self.batch_size, B = counts[sizes[0]], max(counts.values())
+        self.labels = buffer(len(self.rows), dtype=torch.int64)
+        # The kernels read pixels in a margin of zeros.
+        self.pixels = buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
+        self.a = buffer(B, S * S // config["patch_size"] ** 2, T - 1)  # conv2, before its GELU
         self.z, self.dz = ([buffer(B, t, C) for t in tokens] for _ in range(2))
         self.x = [buffer(B, t, C) for t in (T, *tokens)]
         shapes = self.partial_shapes(B)
-        flat = torch.zeros(sum(rows * width for rows, width in shapes.values()), device=self.device)
-        pieces = flat.split([rows * width for rows, width in shapes.values()])
+        numels = [rows * columns for rows, columns in shapes.values()]
+        pieces = buffer(sum(numels), dtype=torch.float32).split(numels)
         self.partials = {k: piece.view(shapes[k]) for k, piece in zip(shapes, pieces)}
         # The gradient of the first block's input is fp32: it is a partial one of pos_embedding.
         self.dx = [self.partials["embedding"].view(B, T, C), *(buffer(B, t, C) for t in tokens)]
+        self.batches = {size: self.batch_tables(size, count) for size, count in counts.items()}
 
     def partial_shapes(self, B):
         """Rows and columns of the partial gradients of B images, in the order of parameters."""
-        model, programs = self.model, fn.num_programs(B)
+        model, programs = self.model, num_programs(B)
 
         def numel(*modules):
             return sum(p.numel() for module in modules for p in module.parameters())
@@ -156,9 +154,8 @@ class FusedStep:
         shapes["head"] = head.num_programs(B), numel(model.norm, model.head) + 2
         return shapes
 
-    def batch_tables(self, size):
-        """What a step depends on besides the buffers, for one size of batch."""
-        start, count = self.shard(size)
+    def batch_tables(self, size, count):
+        """What a step depends on besides the buffers, for `count` images of a batch of `size`."""
         C, position = self.model.pos_embedding.shape[2], self.partials["embedding"]
         segments, offset = [(0, count, position.shape[1], C, 0)], C  # CLS token: row 0 of positions
         for name, (rows, columns) in self.partial_shapes(count).items():
@@ -166,8 +163,7 @@ class FusedStep:
             segments.append((begin, rows, columns, columns, offset))
             offset += columns
         tiles = update.reduce_tiles(segments, self.device)
-        row = self.recipe.batch_size, start
-        return SimpleNamespace(num_images=count, row=row, scale=1 / size, tiles=tiles)
+        return SimpleNamespace(num_images=count, scale=1 / size, tiles=tiles)
 
     def assign_optimizers(self):
         """Which parameters are Muon's, and the tables of both optimizers."""
@@ -176,10 +172,10 @@ class FusedStep:
             p: n for m in muons for p, n in zip(m.param_groups[0]["params"], m.num_chunks)
         }
         decay = {p: bool(g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
-        params, device = list(self.model.parameters()), self.device
+        params = list(self.model.parameters())
         self.is_muon = [p in num_chunks for p in params]
-        self.matrices = muon.layout(params, num_chunks, device)
-        self.blocks = update.adamw_blocks(params, decay, device)
+        self.matrices = muon.layout(params, num_chunks, self.device)
+        self.blocks = update.adamw_blocks(params, decay, self.device)
 
 
 def flatten(model):
@@ -189,106 +185,3 @@ def flatten(model):
     for p, piece in zip(params, flat.split([p.numel() for p in params])):
         p.data = piece.view(p.shape)
     return flat
-
-
-def is_supported(config):
-    """Whether the kernels take a network of this vit.ViT.config."""
-    return config == ViT(num_classes=config["num_classes"]).config and config["num_classes"] <= 256
-
-
-@torch.no_grad()
-def logits(model, images, dtype):
-    """float32 logits (B, num_classes) of normalized float32 images (B, 3, S, S)."""
-    if not is_supported(model.config):
-        return model(images)
-    args = len(images), fn.Target.of(images.device, dtype)
-    pixels = F.pad(images, (1, 1, 1, 1)).to(args[1].storage)
-    B, (C, N), L = len(images), model.stem.proj.weight.shape, model.config["channels"]
-    x = pixels.new_empty(B, L + 1, C)
-    stem.forward(model, pixels, pixels.new_empty(B, N, L), x, *args)
-    for block in model.blocks:
-        z = x.new_empty(B, 1 if block.attention.cls_only else L + 1, C)
-        attention.forward(block.attention, x, z, *args)
-        x = torch.empty_like(z)
-        mlp.forward(block.mlp, z, x, *args)
-    return model.head(model.norm(x[:, 0].float()))  # (B, 1, C) -> (B, C) -> (B, num_classes)
-
-
-# --- whether the kernels are right here ---
-
-
-@functools.cache
-def self_test(device, dtype):
-    """None, or a line that says which kernel is wrong on this device and why.
-
-    Triton's interpreter, which has no hardware to test, is taken as right.
-    """
-    if device.type == "cuda":
-        return wrong_kernel(device, dtype)
-    no_triton = f"Triton does not compile for {device.type}; with TRITON_INTERPRET=1 it interprets"
-    return None if fn.INTERPRETED else no_triton
-
-
-def wrong_kernel(device, dtype):
-    """None, or a line about the first kernel that is wrong or does not run.
-
-    Runs steps of exactly the kernels that training launches, on few images, against float64: with
-    one image a program, and with several. An error of 1e-4 (fp32) or 5e-2 of a result's norm tells
-    a wrong kernel, or a TF32 product, from rounding; Muon, which makes much of small singular
-    values, has 1e-2.
-    """
-    recipe = dataclasses.replace(RECIPES["long"], batch_size=4, l1=1e-4, weight_avg_frac=0.9)
-    largest = fn.MAX_PROGRAMS
-    try:
-        for fn.MAX_PROGRAMS in (largest, 2):
-            step = FusedStep(example_trainer(recipe, device, dtype))
-            for name, actual, reference in verify.checks(step):
-                bound = 1e-4 if dtype == torch.float32 or name[:5] == "adamw" else 5e-2
-                bound = 1e-2 if name[:4] == "muon" else bound
-                error = verify.relative_error(actual, reference(torch.float64))
-                if not error <= bound:
-                    return f"{name}: off by {error:.1e} on this device, more than {bound:.0e}"
-    except Exception as error:  # errors of compilers and drivers have no common type
-        return f"{kernel_name(fn.last_launched)} does not run here: {first_line(error)}"
-    finally:
-        fn.MAX_PROGRAMS = largest
-    return None
-
-
-def example_trainer(recipe, device, dtype, num_images=7):
-    """What FusedStep reads of a Trainer, with random images of 10 classes."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(10, (num_images,), generator=generator)
-    dataset = SimpleNamespace(train_images=images.to(device), train_labels=labels.to(device))
-    model = build_model(recipe, 10, 0, device)
-    num_params = len(list(model.parameters()))
-    dist = SimpleNamespace(rank=0, shard=lambda n: (0, n), all_reduce_sum=lambda t: t)
-    return SimpleNamespace(
-        recipe=recipe, dataset=dataset, model=model, epoch=0,
-        averaged_model=copy.deepcopy(model) if recipe.weight_avg_frac else model,
-        normalize=Normalize((0.5,) * 3, (0.25,) * 3, device), totals=torch.zeros(2, device=device),
-        finite_counts=torch.zeros(1 + num_params, dtype=torch.int64, device=device),
-        steps_per_epoch=-(-num_images // recipe.batch_size),
-        runtime=SimpleNamespace(dtype=dtype, dist=dist),
-    )  # fmt: skip
-
-
-def record_launches(recipe, dtype=torch.float32, target=None):
-    """(kernel, programs, args, constants) of every launch of a step; nothing runs."""
-    step = FusedStep(example_trainer(recipe, torch.device("cpu"), dtype), target)
-    fn.recorded = []
-    try:
-        step.launch(min(step.batches))
-        return fn.recorded
-    finally:
-        fn.recorded = None
-
-
-def kernel_name(kernel):
-    return f"{kernel.fn.__module__.rpartition('.')[2]} {kernel.fn.__name__.replace('_kernel', '')}"
-
-
-def count_launches(recipe):
-    """Names of the kernels that one step of a recipe launches, in order."""
-    return [kernel_name(kernel) for kernel, *_ in record_launches(recipe)]

@@ -5,9 +5,8 @@
     p = p (1 - lr decay) - lr m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps)
 
 lr and momentum come from a table on the device, its row from a counter on the device, which
-`reduce` advances once every other kernel of the step has read it. torch.optim.AdamW computes the
-same, but takes beta1, which OneCycle moves, as a number of the host, which a CUDA graph would
-repeat for ever. Loshchilov & Hutter 2017, arXiv:1711.05101.
+`reduce` advances. torch.optim.AdamW computes the same, but takes beta1, which OneCycle moves, as a
+number of the host. Loshchilov & Hutter 2017, arXiv:1711.05101.
 """
 
 import torch
@@ -104,13 +103,12 @@ def adamw_kernel(
 
 
 def reduce_tiles(segments, device):
-    """(programs, 5), int64, for `reduce`: (offset, rows, distance of rows, columns, offset in
-    grad) of every segment, cut into pieces of COLUMNS.
-    """
-    tiles = []
-    for offset, rows, stride, columns, target in segments:
-        for c in range(0, columns, COLUMNS):
-            tiles.append([offset + c, rows, stride, min(COLUMNS, columns - c), target + c])
+    """(programs, 5), int64, for `reduce`: segments, rows like those, in pieces of COLUMNS."""
+    tiles = [
+        [offset + c, rows, stride, min(COLUMNS, columns - c), target + c]
+        for offset, rows, stride, columns, target in segments
+        for c in range(0, columns, COLUMNS)
+    ]
     return torch.tensor(tiles, dtype=torch.int64, device=device)
 
 
@@ -129,9 +127,8 @@ def adamw_blocks(params, decay, device):
     for p in params:
         end = offset + p.numel()
         counts.append([offset, end, 0])
-        if p in decay:
-            starts = range(offset, end, BLOCK)
-            blocks += [[i, min(i + BLOCK, end), int(decay[p])] for i in starts]
+        starts = range(offset, end, BLOCK) if p in decay else ()
+        blocks += [[i, min(i + BLOCK, end), int(decay[p])] for i in starts]
         offset = end
     rows = [[offset, offset + 1, 0], *counts, *blocks]
     return torch.tensor(rows, dtype=torch.int32, device=device)

@@ -1,108 +1,129 @@
-"""A training step's kernels against PyTorch: its buffers, in the order of launches.
-
-step.self_test holds them to float64, the tests to the error that PyTorch makes in the same dtype.
-"""
+"""The fused step against PyTorch: before a training trusts it on a device, and in tests."""
 
 import copy
-import functools
+import sys
 
 import torch
 import torch.nn.functional as F
 
 from augment import augment, epoch_plan
+from cli import UsageError, first_line
+from kernels import functions as fn
+from kernels.step import FusedStep
 from schedule import build_optimizers, set_lr_momentum
+
+LR, MOMENTUM = 0.05, 0.8
+
+
+def checked_step(trainer):
+    """The FusedStep of a Trainer, or None and a line on stderr where it cannot be trusted.
+
+    Raises UsageError instead where the user asks for the kernels, or for fp16, which needs them.
+    """
+    runtime, classes, step = trainer.runtime, trainer.dataset.num_classes, None
+    if classes <= 256:  # the kernel of the head keeps its whole matrix on chip
+        step = FusedStep(trainer)
+        # Triton's interpreter has no hardware to test.
+        reason = self_test(step) if runtime.device.type == "cuda" else None
+    else:
+        reason = f"{classes} classes are more than 256"
+    if reason is None:
+        return step
+    if runtime.kernels == "triton" or runtime.precision == "fp16":
+        raise UsageError(f"--kernels triton: {reason}")
+    print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
+    return None
+
+
+def self_test(step):
+    """None, or a line that says which result is wrong on this device, or which kernel fails.
+
+    Makes the first step of the training, which it then takes back, and holds it to float64. An
+    error of 1e-4 (fp32) or 5e-2 of a result's norm tells a wrong kernel, or a TF32 product, from
+    rounding; Muon, which makes much of small singular values, has 1e-2.
+    """
+    trainer, is_fp32 = step.trainer, step.target.dtype == torch.float32
+    buffers = step.param, step.average, step.exp_avg, step.exp_avg_sq
+    buffers = *buffers, trainer.totals, trainer.finite_counts
+    saved = [buffer.clone() for buffer in buffers]
+    print("kernels  compiling and checking them, the first time for a minute", flush=True)
+    try:
+        for name, actual, exact in train_and_compare(step, [torch.float64]):
+            bound = 1e-4 if is_fp32 or name[:5] == "adamw" else 5e-2
+            bound = 1e-2 if name[:4] == "muon" else bound
+            error = relative_error(actual, exact)
+            if not error <= bound:
+                return f"{name}: off by {error:.1e} on this device, more than {bound:.0e}"
+    except Exception as error:  # errors of compilers and drivers have no common type
+        return f"{kernel_name(fn.last_launched)} does not run here: {first_line(error)}"
+    finally:
+        for buffer, value in zip(buffers, saved):
+            buffer.copy_(value)
+    return None
+
+
+def train_and_compare(step, dtypes):
+    """Train the first step: (name, result, the same by PyTorch in each of dtypes) of the loss, of
+    the gradient of every parameter, and of its change.
+    """
+    trainer, before = step.trainer, copy.deepcopy(step.model)
+    images, labels = trainer.dataset.train_images, trainer.dataset.train_labels
+    plan = epoch_plan(step.recipe, len(images), images.shape[-1], 0, 0, step.device)
+    step.begin_epoch(plan, *([value] * trainer.steps_per_epoch for value in (LR, MOMENTUM)))
+    step.step(0)
+    rows = plan.at(slice(step.recipe.batch_size))
+    images = augment(images[rows.indices], rows, step.recipe, trainer.normalize)
+    expected = [reference(before, images, labels[rows.indices], step, d) for d in dtypes]
+    names = [name for name, _ in before.named_parameters()]
+    updates = [f"{'muon' if is_muon else 'adamw'}, {n}" for is_muon, n in zip(step.is_muon, names)]
+    names = ["the loss", *(f"the gradient of {name}" for name in names), *updates]
+    results = step.grad[-2], *split_grad(step, before), *changes(step.model, before)
+    return list(zip(names, results, *expected, strict=True))
+
+
+def reference(before, images, labels, step, dtype):
+    """The results of `train_and_compare` as PyTorch computes them in a dtype."""
+    model, recipe = copy.deepcopy(before).to(dtype), step.recipe
+    loss = F.cross_entropy(model(images.to(dtype)), labels, reduction="sum")
+    params = list(model.parameters())
+    grads = torch.autograd.grad(loss, params)
+    grads = [g / len(images) + recipe.l1 * p.detach().sign() for g, p in zip(grads, params)]
+    # The update is that of the step's own gradient, of which Muon makes much; fp32 or float64.
+    model = copy.deepcopy(before).to(torch.promote_types(dtype, torch.float32))
+    for p, grad in zip(model.parameters(), split_grad(step, model)):
+        p.grad = grad.to(p.dtype)
+    optimizers = build_optimizers(recipe, model)
+    set_lr_momentum(optimizers, LR, MOMENTUM, recipe.adamw_lr_scale)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.detach(), *grads, *changes(model, before)
+
+
+def split_grad(step, model):
+    """The step's gradient of every parameter."""
+    pieces = step.grad[:-2].split([p.numel() for p in model.parameters()])
+    return [piece.view_as(p) for piece, p in zip(pieces, model.parameters())]
+
+
+def changes(model, before):
+    return [q.detach() - p.detach() for p, q in zip(before.parameters(), model.parameters())]
 
 
 def relative_error(actual, expected):
     """|actual - expected| / |expected|, Frobenius norms; NaN where either is not finite."""
-    actual, expected = actual.double().flatten(), expected.double().flatten()
+    actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
-def checks(step, lr=0.05, momentum=0.8):
-    """Train two steps of a FusedStep: (name, actual, reference) for buffers of the second, and for
-    the change of parameters by both; reference(dtype) is what PyTorch computes in that dtype.
-    """
-    recipe, trainer, size = step.recipe, step.trainer, step.recipe.batch_size
-    plan = epoch_plan(recipe, len(step.images), step.images.shape[-1], 0, 0, step.device)
-    step.begin_epoch(plan, *([value] * trainer.steps_per_epoch for value in (lr, momentum)))
-    start, average = copy.deepcopy(step.model), copy.deepcopy(trainer.averaged_model)
-    step.step(0)
-    before, grads = copy.deepcopy(step.model), [step.grad.clone()]
-    step.step(1)
-    grads.append(step.grad)
-
-    rows = plan.at(slice(size, 2 * size))
-    images = augment(step.images[rows.indices], rows, recipe, step.normalize)
-    labels, count = step.labels[rows.indices], len(rows.indices)
-    yield "augment", step.pixels[:count, :, 1:-1, 1:-1], lambda dtype: images.to(dtype)
-    network = functools.cache(
-        lambda dtype: network_results(before, images, labels, recipe.l1, dtype)
-    )
-    for name, value in step_results(step, before, count).items():
-        yield name, value, lambda dtype, name=name: network(dtype)[name]
-    moved = functools.cache(
-        lambda dtype: update_results(step, start, average, grads, lr, momentum, dtype)
-    )
-    models = [step.model, trainer.averaged_model][: 1 + step.averaging]
-    for i, (first, now) in enumerate(zip((start, average), models)):
-        for j, ((name, p), q) in enumerate(zip(first.named_parameters(), now.parameters())):
-            optimizer = "muon" if step.is_muon[j] else "adamw"
-
-            def change(dtype, i=i, j=j, p=p):
-                return moved(dtype)[i][j] - p.detach()
-
-            yield f"{optimizer}, {'average of ' * i}{name}", q.detach() - p.detach(), change
+def record_launches(step, size):
+    """(kernel, programs, args, constants) of every launch of a FusedStep; nothing runs."""
+    fn.recorded = []
+    try:
+        step.launch(size)
+        return fn.recorded
+    finally:
+        fn.recorded = None
 
 
-def step_results(step, model, count):
-    """The buffers of a step of `count` images, by the names of network_results."""
-    depth = len(step.z)
-    names = ["stem", *(f"{half} {i}" for i in range(depth) for half in ("attention", "mlp"))]
-    forward = [step.x[0], *(t for i in range(depth) for t in (step.z[i], step.x[i + 1]))]
-    backward = [step.dx[0], *(t for i in range(depth) for t in (step.dz[i], step.dx[i + 1]))]
-    results = {f"{name} forward": t[:count] for name, t in zip(names, forward)}
-    results["head, loss"] = step.grad[-2]
-    pairs = reversed(list(zip([*names[1:], "head"], backward)))
-    results |= {f"{name} backward": t[:count] for name, t in pairs}
-    sizes = [p.numel() for p in model.parameters()]
-    grads = zip(model.named_parameters(), step.grad[:-2].split(sizes))
-    return results | {f"gradient of {name}": grad for (name, _), grad in grads}
-
-
-def network_results(model, images, labels, l1, dtype):
-    """Activations, loss and gradients of the sum of losses; of parameters, the step's gradient."""
-    model = copy.deepcopy(model).to(dtype)
-    cls_token = model.cls_token.expand(len(images), -1, -1)
-    x = torch.cat([cls_token, model.stem(images.to(dtype))], dim=1) + model.pos_embedding
-    found = {"stem": x}
-    for i, block in enumerate(model.blocks):
-        found[f"attention {i}"] = z = block.attention(x)
-        found[f"mlp {i}"] = x = block.mlp(z)
-    loss = F.cross_entropy(model.head(model.norm(x[:, 0])), labels, reduction="sum")
-    named = dict(model.named_parameters())
-    grads = torch.autograd.grad(loss, [*found.values(), *named.values()])
-    results = {f"{name} forward": value.detach() for name, value in found.items()}
-    results["head, loss"] = loss.detach()
-    backward = [*list(found)[1:], "head"]  # the kernel that writes a gradient of an activation
-    results |= {f"{name} backward": grad for name, grad in zip(backward, grads)}
-    for (name, p), grad in zip(named.items(), grads[len(found) :]):
-        results[f"gradient of {name}"] = grad / len(images) + l1 * p.detach().sign()
-    return results
-
-
-def update_results(step, model, average, grads, lr, momentum, dtype):
-    """Parameters, and their average, after steps of the recipe's optimizers; fp32 or float64."""
-    dtype, recipe = torch.promote_types(dtype, torch.float32), step.recipe
-    model, average = (copy.deepcopy(m).to(dtype) for m in (model, average))
-    optimizers, params = build_optimizers(recipe, model), list(model.parameters())
-    for n, grad in enumerate(grads, 1):
-        for p, g in zip(params, grad[:-2].split([p.numel() for p in params])):
-            p.grad = g.view(p.shape).to(dtype)
-        set_lr_momentum(optimizers, lr, momentum, recipe.adamw_lr_scale)
-        for optimizer in optimizers:
-            optimizer.step()
-        weight = min(1.0, 1 / (recipe.weight_avg_frac * n)) if step.averaging else 0.0
-        for mean, p in zip(average.parameters(), params):
-            mean.data.lerp_(p.data, weight)
-    return [[p.detach() for p in m.parameters()] for m in (model, average)]
+def kernel_name(kernel):
+    return f"{kernel.fn.__module__.rpartition('.')[2]} {kernel.fn.__name__.replace('_kernel', '')}"

@@ -3,14 +3,13 @@
 import dataclasses
 from argparse import Namespace
 
-import numpy as np
 import pytest
 import torch
 
 import bench
-from augment import affine
+from augment import augment, epoch_plan
 from cli import read_csv
-from schedule import RECIPES, Recipe
+from schedule import RECIPES
 
 
 @pytest.fixture
@@ -19,28 +18,18 @@ def tiny(monkeypatch):
     recipe = dataclasses.replace(RECIPES["default"], batch_size=4)
     monkeypatch.setitem(RECIPES, "default", recipe)
     monkeypatch.setitem(bench.SIDE, "cpu", 16)
-    only = {"csv": None, "rounds": 2, "scaling": False}
+    only = {"csv": None, "rounds": 2}
     return Namespace(recipe="default", steps=2, device="cpu", only=["step"], **only)
 
 
 def test_per_image_augmentation(small):
-    """A wrapped crop and a flip only move pixels; affine without a range does nothing."""
-    images, labels = small.train_images[:6], small.train_labels
-    padding = (0, 0), (16, 16), (16, 16), (0, 0)
-    padded = np.pad(images.permute(0, 2, 3, 1).numpy(), padding, "wrap")
-    crop_and_flip = Recipe(crop_padding=4, padding_mode="wrap", flip_p=1.0)
-    batch, found = bench.augment_one_by_one(padded, labels, crop_and_flip, [5, 1])
-    assert found.tolist() == labels[[5, 1]].tolist() and batch.dtype == torch.uint8
-    shifts = [(y, x) for y in range(-4, 5) for x in range(-4, 5)]
-    for image, i in zip(batch, (5, 1)):
-        assert any(torch.equal(image, images[i].flip(2).roll(s, (1, 2))) for s in shifts)
-    still, _ = bench.augment_one_by_one(padded, labels, Recipe(affine_p=1.0), range(6))
-    assert torch.equal(still, images)
-    recipe, angles = Recipe(affine_p=1.0, degrees=15.0), torch.linspace(-0.27, 0.27, 55)
-    (turned,), _ = bench.augment_one_by_one(padded, labels, recipe, [2])
-    still = torch.zeros(55, 2), torch.ones(55)
-    expected = affine(images[2].expand(55, -1, -1, -1), *still, angles)
-    assert 0 < (turned - expected).abs().mean((1, 2, 3)).min() < 2  # of 255
+    """What augment makes of the batch, but for normalization."""
+    images, labels, recipe = small.train_images[:6], small.train_labels[:6], RECIPES["original"]
+    plan = epoch_plan(recipe, 6, 32, 0, 0, "cpu")
+    batch, found = bench.augment_one_by_one(images, labels, plan, recipe, [5, 1])
+    rows = plan.at([5, 1])
+    expected = augment(images[[5, 1]], rows, recipe, torch.Tensor.float).byte()
+    assert torch.equal(batch, expected) and found.tolist() == labels[[5, 1]].tolist()
 
 
 @pytest.mark.parametrize("variant", ["per-image-fp32", "eager-bf16", "auto-fp32"])

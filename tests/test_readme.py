@@ -11,7 +11,8 @@ from conftest import ROOT
 from results import report
 from schedule import Recipe
 
-SCRIPTS = "bench", "evaluate", "gradcam", "lr_range", "train", "results.report"  # never imported
+SCRIPTS = "bench", "evaluate", "gradcam", "lr_range", "train"  # never imported
+SCRIPTS = *SCRIPTS, "results.report", "results.kernel_resources"
 TORCHRUN = {"--nproc-per-node", "--max-restarts", "--rdzv-id"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,7 +64,7 @@ def test_sizes_are_within_the_limits():
         "lines of README": (len(readme.splitlines()), 150),
         "words of README": (len(readme.split()), 1500),
     }
-    for folder, limit in zip(FOLDERS, (3620, 1800, 3800, 350)):
+    for folder, limit in zip(FOLDERS, (3500, 1420, 3800, 400)):
         total = sum(len(lines[path]) for path in SOURCES if path.parent == folder)
         sizes[f"lines in {folder.name}/"] = total, limit
     for path, text in SOURCES.items():

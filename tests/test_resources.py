@@ -21,20 +21,22 @@ COMPILED = [
 ]
 SCRIPT = """
 import json, sys
-from kernels import resources
+import kernel_resources
 for args in json.loads(sys.argv[1]):
-    for row in resources.rows(*args):
+    for row in kernel_resources.rows(*args):
         print(json.dumps(row), flush=True)
-print(json.dumps(resources.COLUMNS))
+print(json.dumps(kernel_resources.COLUMNS))
 """
 
 
 @pytest.fixture(scope="module")
 def found():
-    """Rows of kernels.resources, from a process in which kernels compile."""
+    """Rows of kernel_resources, from a process in which kernels compile."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", SCRIPT, json.dumps(COMPILED)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT / "results", env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     *rows, columns = map(json.loads, done.stdout.splitlines())
     assert all(sorted(row) == sorted(columns) for row in rows)

@@ -15,9 +15,9 @@ pytest.importorskip("triton")  # not on every platform
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer as trainer_module
-from augment import epoch_plan
-from conftest import DEVICE
-from data import Dataset
+from augment import augment, epoch_plan
+from conftest import DEVICE, make_trainer
+import data
 from kernels import functions, step, verify
 from kernels.graph import GraphedFunction
 from runtime import Runtime
@@ -37,25 +37,25 @@ def small_trainers(recipe, monkeypatch, num_images=5, **overrides):
         return ViT(num_classes, **sizes).to(device)
 
     monkeypatch.setattr(trainer_module, "build_model", build_model)
-    monkeypatch.setattr(step, "self_test", lambda device, dtype: None)
+    monkeypatch.setattr(verify, "self_test", lambda step: None)
     recipe = dataclasses.replace(RECIPES[recipe], batch_size=2, epochs=4, l1=1e-4, **overrides)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (num_images, 3, 16, 16), dtype=torch.uint8, generator=generator)
     labels = torch.arange(num_images) % 3
     images, labels = images.to(DEVICE), labels.to(DEVICE)
-    data = Dataset(
+    dataset = data.Dataset(
         "random", "random", images, labels, images, labels, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3
     )
 
     def make(kernels):
-        return trainer_module.Trainer(recipe, data, Runtime(DEVICE.type, "fp32", kernels), 1)
+        return trainer_module.Trainer(recipe, dataset, Runtime(DEVICE.type, "fp32", kernels), 1)
 
     fused, plain, exact = make("triton"), make("torch"), make("torch")
     for model in (exact.model, exact.averaged_model):
         model.double()
     exact.totals = exact.totals.double()
     exact.runtime.logits = lambda model, images: model(images.double())
-    assert isinstance(fused.optimizers[0], step.FusedStep)
+    assert isinstance(fused.fused_step, step.FusedStep)
     return fused, plain, exact
 
 
@@ -72,7 +72,7 @@ def state(trainer):
         return torch.cat([t.detach().flatten() for t in tensors])
 
     params = list(trainer.model.parameters())
-    fused = trainer.optimizers[0] if trainer.runtime.fused else None
+    fused = trainer.fused_step
     grad = fused.grad[:-2] if fused else flat(p.grad for p in params)
     averaged = flat(trainer.averaged_model.parameters())
     return {"totals": trainer.totals, "grad": grad, "weights": flat(params), "average": averaged}
@@ -87,7 +87,7 @@ def test_ten_steps(recipe, monkeypatch):
     """
     frac = 0.5 if recipe == "long" else 0.0
     trainers = small_trainers(recipe, monkeypatch, weight_avg_frac=frac)
-    fused = trainers[0].optimizers[0]
+    fused = trainers[0].fused_step
     buffers = [*trainers[0].model.parameters(), fused.exp_avg, fused.exp_avg_sq]
     addresses = [t.data_ptr() for t in buffers]
     for n in range(10):
@@ -138,8 +138,8 @@ def test_two_ranks_make_the_step_of_one(monkeypatch):
             shard = copy.deepcopy(alone)
             shard.runtime.dist = Rank(rank, others)
             fused = step.FusedStep(shard)
-            fused.load_state_dict(alone.optimizers[0].state_dict())
-            shard.optimizers = [fused]
+            fused.load_state_dict(alone.fused_step.state_dict())
+            shard.fused_step = fused
             begin_epoch(shard, 0, i)
             shard.step(i)
         if i == 0:
@@ -161,20 +161,10 @@ def test_finite_counts():
     fused.grad[-2:] = torch.tensor([5.0, 2.0])
     fused.finite_counts.fill_(7)
     fused.totals.fill_(1.0)
-    kernel, programs, args, constants = record(fused)[-1]
+    kernel, programs, args, constants = verify.record_launches(fused, 2)[-1]
     functions.launch(kernel, programs, *args, **constants)
     assert fused.finite_counts.tolist() == [8] + [7 if i in (0, 4, 6) else 8 for i in range(32)]
     assert fused.totals.tolist() == [6.0, 3.0]
-
-
-def record(fused):
-    """The launches of a step of a full batch."""
-    functions.recorded = []
-    try:
-        fused.launch(fused.recipe.batch_size)
-        return functions.recorded
-    finally:
-        functions.recorded = None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -187,45 +177,59 @@ def test_launches_of_a_step(recipe):
 
     fused = fused_step(recipe, torch.float32)
     with NoOperations():
-        launches = record(fused)
-    assert len(launches) <= 16
-    names = step.count_launches(RECIPES[recipe])
-    assert len(names) == len(launches) == 14 + ("muon muon" in names)
+        names = [verify.kernel_name(kernel) for kernel, *_ in verify.record_launches(fused, 2)]
+    assert len(names) == 13 + ("muon muon" in names) <= 16
+
+
+def test_images_of_an_epoch(monkeypatch):
+    """All are augmented ahead, in the order of the plan, in a margin of zeros; here a few at a
+    time, and those of the second of two ranks.
+    """
+    monkeypatch.setattr(step, "AUGMENT_BATCH", 2)
+    trainer = fused_step("long", torch.bfloat16, 7, batch_size=4).trainer
+    recipe = trainer.recipe
+    trainer.runtime.dist.shard = lambda count: (count // 2, count)
+    fused = step.FusedStep(trainer)
+    plan = epoch_plan(recipe, 7, 32, 0, 0, DEVICE)
+    fused.begin_epoch(plan, [0.1] * 2, [0.9] * 2)
+    mine = plan.at(torch.tensor([2, 3, 5, 6], device=DEVICE))
+    dataset = trainer.dataset
+    images, labels = dataset.train_images[mine.indices], dataset.train_labels[mine.indices]
+    images = augment(images, mine, recipe, trainer.normalize).bfloat16().float()
+    assert fused.labels.tolist() == labels.tolist()
+    assert torch.equal(fused.pixels[:, :, 1:-1, 1:-1].float(), images)
+    fused.pixels[:, :, 1:-1, 1:-1] = 0
+    assert (fused.pixels == 0).all()
 
 
 def test_gradients_fit_fp16():
     """Those of the sum of losses: far below fp16's greatest number and, where they matter, above
     its least one, at the start and after training.
     """
-    found = step.example_trainer(RECIPES["default"], torch.device("cpu"), torch.float32, 32)
-    images = found.normalize(found.dataset.train_images)
-    optimizer = torch.optim.AdamW(found.model.parameters(), lr=3e-3)
+    found = make_trainer(data.load_shapes(128, 1), RECIPES["default"])
+    model, images = found.model, found.normalize(found.dataset.train_images)
+    outputs = {}
+
+    def save(module, args, output):
+        output.retain_grad()
+        outputs[module] = output
+
+    for module in (model.stem, *(half for block in model.blocks for half in block.children())):
+        module.register_forward_hook(save)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for n in range(13):
-        results = verify.network_results(
-            found.model, images, found.dataset.train_labels, 0.0, torch.float32
-        )
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images), found.dataset.train_labels)
+        (len(images) * loss).backward()
         if n % 12 == 0:
-            for name, grad in results.items():
-                if name.endswith("backward"):
-                    kept = grad.half().double()
-                    assert kept.abs().max() < 65504 / 64, name
-                    assert verify.relative_error(kept, grad) < 2**-10, name
-        for name, p in found.model.named_parameters():
-            p.grad = results[f"gradient of {name}"].view(p.shape)
+            assert len(outputs) == 5
+            for output in outputs.values():
+                kept = output.grad.half().double()
+                assert kept.abs().max() < 65504 / 64
+                assert verify.relative_error(kept, output.grad) < 2**-10
+        for p in model.parameters():
+            p.grad /= len(images)
         optimizer.step()
-
-
-@pytest.mark.parametrize("recipe", ["default"])
-def test_logits(recipe):
-    """Inference, for a network of 100 classes and for one that the kernels do not take."""
-    for sizes in ({"num_classes": 100}, {"num_classes": 10, "patch_size": 4, "depth": 1}):
-        torch.manual_seed(0)
-        model = ViT(**sizes).to(DEVICE)
-        images = torch.randn(2, 3, 32, 32, device=DEVICE)
-        with torch.no_grad():
-            exact = copy.deepcopy(model).double()(images.double())
-        actual = step.logits(model, images, torch.float32)
-        assert actual.shape == exact.shape and verify.relative_error(actual, exact) < 1e-6
 
 
 # --- CUDA graphs ---

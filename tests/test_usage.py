@@ -93,7 +93,7 @@ WRONG_COMMANDS = [
     (bench, ["--variant", "fastest"], "--variant"),
     (bench, ["--csv"], "--csv"),
     (bench, ["--csv", "/dev/null/x.csv"], "--csv /dev/null"),
-    (bench, ["--scaling", "--resources"], "--resources"),
+    (bench, ["--only", "run"], "--only"),
     (vit, ["--classes", 0], "--classes"),
     (vit, ["--depth", 3], "--depth"),
 ]

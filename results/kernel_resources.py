@@ -1,21 +1,34 @@
-"""What the kernels that a step launches take of a GPU, read off compiled code: no GPU needed.
+"""What the kernels that a step launches take of GPUs, read off compiled code: no GPU needed.
 
-The compilers are those inside the triton package; TRITON_INTERPRET must be unset.
+    python results/kernel_resources.py                  # all; the results replace the file's rows
+    python results/kernel_resources.py --target sm_90   # a minute each
+
+Writes kernel_resources.csv. The compilers are those inside the triton package.
 """
 
 import re
 import subprocess
+import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent))  # whose modules lie above this script
 
-from kernels.functions import DTYPES, Target
-from kernels.step import kernel_name, record_launches
-from schedule import RECIPES
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from cli import Parser, UsageError, read_csv, run_script, write_csv  # noqa: E402
+from data import load_shapes  # noqa: E402
+from kernels.functions import DTYPES, INTERPRETED, Target  # noqa: E402
+from kernels.step import FusedStep  # noqa: E402
+from kernels.verify import kernel_name, record_launches  # noqa: E402
+from runtime import Runtime  # noqa: E402
+from schedule import RECIPES  # noqa: E402
+from trainer import Trainer  # noqa: E402
 
 # Shared memory, in KB, that one program may have. T4; A100; RTX 30; RTX 40; H100; B200; RTX 50;
 # MI300; RX 7900.
@@ -92,15 +105,20 @@ def measure(compiled):
     }  # fmt: skip
 
 
+def launches(recipe, dtype=torch.float32, target=None):
+    """(kernel, programs, args, constants) of every launch of a step of a recipe."""
+    recipe, runtime = replace(RECIPES[recipe], batch_size=1), Runtime("cpu", "fp32", "torch")
+    step = FusedStep(Trainer(recipe, load_shapes(1, 1), runtime, 1), target or Target(dtype))
+    return record_launches(step, 1)
+
+
 def rows(targets=TARGETS, kernels=("",), dtypes=("half", "fp32")):
     """A dict of COLUMNS for every kernel whose name contains one of `kernels`."""
     for target in targets:
         for dtype in (half_dtype(target) if name == "half" else torch.float32 for name in dtypes):
             seen = []
-            for kernel, _, args, constants in record_launches(
-                RECIPES["default"], dtype, target_of(target, dtype)
-            ):
-                name = kernel_name(kernel) + " cls" * constants.get("CLS_ONLY", False)
+            for kernel, _, args, constants in launches("default", dtype, target_of(target, dtype)):
+                name = kernel_name(kernel) + " cls" * (constants.get("Q") == 1)
                 if name in seen or not any(part in name for part in kernels):
                     continue
                 seen.append(name)
@@ -113,3 +131,23 @@ def rows(targets=TARGETS, kernels=("",), dtypes=("half", "fp32")):
                     "wgmma": compiled.asm.get("ptx", "").count("wgmma.mma_async"),
                     **measure(compiled),
                 }  # fmt: skip
+
+
+def main():
+    parser = Parser(description="Compile the kernels for GPUs and list what they take.")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="one, or several")
+    targets, path = parser.parse_args().target or TARGETS, RESULTS / "kernel_resources.csv"
+    if INTERPRETED:
+        raise UsageError("kernels are to be compiled; unset TRITON_INTERPRET")
+    for recipe in RECIPES:
+        print(f"recipe {recipe}: {len(launches(recipe))} launches a step")
+    for target in targets:
+        found = [{**dict.fromkeys(COLUMNS), **row} for row in rows([target])]
+        kept = [row for row in read_csv(path) if row["target"] != target] if path.exists() else []
+        write_csv(path, kept + found)
+        spilled = [f"{r['kernel']} {r['dtype']} {r['spilled_bytes']}" for r in found]
+        print(target, ", ".join(line for line in spilled if not line.endswith(" 0")), flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
