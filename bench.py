@@ -1,7 +1,7 @@
 """How long a training step takes, in every way that a user might run it.
 
     python bench.py --csv FILE            # a step of recipe default; a few minutes on a CPU
-    python bench.py --only attention      # on a GPU, which also measures half a block
+    python bench.py --only step           # on a GPU, which also measures attention by itself
 
 per-image: images are augmented one at a time, in 2 workers of a DataLoader. eager: plain PyTorch,
 --kernels torch. sdpa: eager with F.scaled_dot_product_attention. compile: eager under
@@ -9,8 +9,8 @@ torch.compile, on a GPU with max-autotune and CUDA graphs. compile+malloc: glibc
 auto: what train.py runs, on a GPU the Triton kernels.
 
 Each runs in a process of its own, in turn, round by round: other work on the machine falls on all
-alike, and one that fails costs no other. A step is all that train.py does in one; `attention` is
-the first half of a block. Errors are relative to float64.
+alike, and one that fails costs no other. A step is all that train.py does in one; `forward` and
+`backward` are of the attention half of a block, with their error relative to float64.
 """
 
 import copy
@@ -25,6 +25,11 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from cli import (
+    Parser, ProgressBar, RunError, first_line, markdown_table, positive_int, run_script,
+    writable_file, write_csv,
+)  # fmt: skip
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -32,10 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from augment import augment, epoch_plan
-from cli import (
-    Parser, ProgressBar, RunError, first_line, markdown_table, positive_int, run_script,
-    writable_file, write_csv,
-)  # fmt: skip
 from runtime import Runtime, supports_bf16_matmul, tune_malloc, versions
 from schedule import RECIPES
 from trainer import Trainer
@@ -45,7 +46,7 @@ MODES = {
     "cpu": ["per-image", "eager", "compile", "compile+malloc", "auto"],
     "cuda": ["eager", "sdpa", "auto", "compile"],  # the last compiles for minutes
 }
-PARTS = {"cpu": ["step"], "cuda": ["attention", "step"]}
+PARTS = {"cpu": ["step"], "cuda": ["forward", "backward", "step"]}
 # Calls of a measurement, as the host runs ahead of a GPU; side of the matrices for the peak.
 BLOCK, SIDE = {"cpu": 1, "cuda": 20}, {"cpu": 1024, "cuda": 8192}
 WARM_UP, TIMEOUT, NAN = 3, 600, float("nan")  # measurements; seconds for a process
@@ -123,9 +124,9 @@ def training_flops(module, *shape):
     return 3 * counter.get_total_flops()
 
 
-# Each time_* yields (part, images, operations an image, milliseconds, other cells of the row).
-def time_attention(mode, dtype, batch_size, device):
-    """vit.Attention in CUDA graphs, forward and forward with backward."""
+# Each time_* returns images, operations an image, milliseconds, and another cell of the row.
+def time_attention(part, mode, dtype, batch_size, device):
+    """vit.Attention in CUDA graphs, forward or forward and backward; the error of its results."""
     import triton.testing  # Triton is not on every platform
     from kernels.attention import FusedAttention
 
@@ -143,7 +144,6 @@ def time_attention(mode, dtype, batch_size, device):
             function = torch.compile(module, mode="max-autotune-no-cudagraphs")
     x = torch.randn(batch_size, T, C, device=device).to(dtype).requires_grad_()
     dz, x64 = torch.randn_like(x), x.detach().double().requires_grad_()
-    forward = torch.no_grad()(lambda: function(x))
 
     def backward(function=function, module=module, x=x, dz=dz):
         z = function(x)
@@ -151,43 +151,44 @@ def time_attention(mode, dtype, batch_size, device):
         return z.detach(), *torch.autograd.grad(z, [x, *module.parameters()], dz)
 
     error = max(map(relative_error, backward(), backward(exact, exact, x64, dz.double())))
-    for name, call, n in (("forward", forward, flops / 3), ("with backward", backward, flops)):
-        times = triton.testing.do_bench_cudagraph(call, return_mode="all")
-        yield f"attention {name}", batch_size, n, times, {"error": f"{error:.1e}"}
+    call, flops = {
+        "forward": (torch.no_grad()(lambda: function(x)), flops / 3), "backward": (backward, flops),
+    }[part]  # fmt: skip
+    times = triton.testing.do_bench_cudagraph(call, return_mode="all")
+    return batch_size, flops, times, {"error": f"{error:.1e}"}
 
 
-def time_step(trainer, step, count, device):
-    """Training steps; the error is that of logits."""
-    times, size = call_times(step, WARM_UP + count, device), trainer.recipe.batch_size
-    images = trainer.normalize(trainer.dataset.train_images[:size])
-    logits = trainer.runtime.logits(trainer.model, images).detach()
-    exact = copy.deepcopy(trainer.model).double()(images.double())
-    error, first_ms = relative_error(logits, exact), times[0] * BLOCK[device.type]
-    cells = {"error": f"{error:.1e}", "first_ms": f"{first_ms:.0f}"}
-    yield "step", size, training_flops(trainer.model, *images.shape[1:]), times[WARM_UP:], cells
+def time_step(mode, precision, recipe, count, device):
+    """Training steps, and the first one with all that comes before it."""
+    dataset = data.load_shapes((WARM_UP + count) * recipe.batch_size, 10)
+    trainer, step = make_trainer(mode, precision, recipe, dataset, device)
+    first, *times = call_times(step, WARM_UP + count, device)
+    flops = training_flops(trainer.model, *dataset.train_images.shape[1:])
+    cell = {"first_ms": f"{first * BLOCK[device.type]:.0f}"}
+    return recipe.batch_size, flops, times[WARM_UP - 1 :], cell
 
 
 def time_variant(args, part, variant):
-    """(samples of a part, None or one line about what failed)."""
-    samples, recipe, device = [], RECIPES[args.recipe], torch.device(args.device)
-    mode, _, precision = variant.rpartition("-")
+    """What was measured of a part, as a dict, or a line about what failed."""
+    recipe, device, (mode, _, precision) = (
+        RECIPES[args.recipe],
+        args.device,
+        variant.rpartition("-"),
+    )
     try:
-        dtype, n = Runtime(args.device, precision, "torch").dtype, SIDE[args.device]
+        dtype, n = Runtime(device.type, precision, "torch").dtype, SIDE[device.type]
         a, b, out = torch.randn(3, n, n, device=device).to(dtype)
         peak = 2e3 * n**3 / min(call_times(lambda: torch.mm(a, b, out=out), 10, device))
-        if part == "attention":
-            found = time_attention(mode, dtype, recipe.batch_size, device)
+        if part == "step":
+            found = time_step(mode, precision, recipe, args.steps, device)
         else:
-            dataset = data.load_shapes((WARM_UP + args.steps) * recipe.batch_size, 10)
-            trainer, step = make_trainer(mode, precision, recipe, dataset, device)
-            found = time_step(trainer, step, args.steps, device)
-        for name, images, flops, times, cells in found:
-            speed = 1e3 * images / median(times)
-            sample = {"ms": median(times), "images_per_second": speed, **cells}
-            samples.append({"part": name, "percent_of_peak": 100 * speed * flops / peak, **sample})
-    except Exception as error:  # what was measured before it is kept
-        return samples, first_line(error)
-    return samples, None
+            found = time_attention(part, mode, dtype, recipe.batch_size, device)
+    except Exception as error:
+        return first_line(error)
+    images, flops, times, cell = found
+    speed = 1e3 * images / median(times)
+    percent = 100 * speed * flops / peak
+    return {"ms": median(times), "images_per_second": speed, "percent_of_peak": percent, **cell}
 
 
 def in_process(*args):
@@ -198,63 +199,65 @@ def in_process(*args):
         except Exception as error:  # it was killed, or hangs
             for process in multiprocessing.active_children():
                 process.kill()
-            return [], first_line(error)
+            return first_line(error)
 
 
 def measure(calls, args, reference, machine):
     """Rows of the table, also written to args.csv after every call.
 
     `calls` maps (part, variant) to a function that does what time_variant does. Relative times are
-    over those of the variant `reference` in the same round.
+    over those of the variant `reference` in the same round. What fails is not tried again.
     """
-    samples, failures, rows = {}, {}, []
+    samples, failures, rows = {key: [] for key in calls}, {}, []
     progress = ProgressBar("measuring", args.rounds * len(calls))
     for i, (key, call) in enumerate(list(calls.items()) * args.rounds):
         progress.update(i, " ".join(key))
         if key not in failures:
-            found, failure = call()
-            for sample in found:
-                samples.setdefault((sample["part"], key[1]), []).append(sample)
-            if failure:
-                failures[key] = f"failed: {failure}"
-            rows = [make_row(*k, samples, failures, reference) for k in {**samples, **failures}]
+            found = call()
+            if isinstance(found, dict):
+                samples[key].append(found)
+            else:
+                failures[key] = f"failed: {found}"
+            rows = [make_row(k, samples, failures, reference) for k in calls]
             if args.csv:
                 write_csv(args.csv, [row | machine for row in rows])
     progress.clear()
     return rows
 
 
-def make_row(part, variant, samples, failures, reference):
+def make_row(key, samples, failures, reference):
     """A row of the table, nan where nothing was measured."""
-    found, others = samples.get((part, variant), ()), samples.get((part, reference), ())
-    ratios = [a["ms"] / b["ms"] for a, b in zip(found, others)] or [NAN]
+    found = samples[key]
+    ratios = [a["ms"] / b["ms"] for a, b in zip(found, samples.get((key[0], reference), ()))] or [
+        NAN
+    ]
     number = lambda name: median([sample[name] for sample in found] or [NAN])
-    cells = dict.fromkeys(("error", "first_ms", "note"), "") | (found[0] if found else {})
+    cells = {"error": "", "first_ms": ""} | (found[0] if found else {})
     return {
-        "part": part, "variant": variant, "ms": f"{number('ms'):.4g}",
+        "part": key[0], "variant": key[1], "ms": f"{number('ms'):.4g}",
         "images_per_second": f"{number('images_per_second'):.0f}",
         "relative_time": f"{median(ratios):.2f}",
         "range": f"{min(ratios):.2f} to {max(ratios):.2f}",
         "percent_of_peak": f"{number('percent_of_peak'):.1f}", "error": cells["error"],
-        "first_ms": cells["first_ms"], "note": failures.get((part, variant), cells["note"]),
+        "first_ms": cells["first_ms"], "note": failures.get(key, ""),
     }  # fmt: skip
 
 
 def measure_all(args):
     """`measure` of every variant of the device."""
-    cpuinfo, is_cuda = Path("/proc/cpuinfo"), args.device == "cuda"
+    cpuinfo, is_cuda = Path("/proc/cpuinfo"), args.device.type == "cuda"
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     name = f"{name[1] if name else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     machine = {"gpu": torch.cuda.get_device_name()} if is_cuda else {}
     machine |= {"cpu": name, "cores": os.cpu_count(), **versions(), "recipe": args.recipe}
     machine |= {"rounds": args.rounds, "steps": args.steps, "date": time.strftime("%Y-%m-%d")}
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
-    has_bf16 = supports_bf16_matmul(torch.device(args.device))
+    has_bf16 = supports_bf16_matmul(args.device)
     precisions = ["fp32"] * (not is_cuda or not has_bf16) + ["bf16"] * has_bf16
     if not has_bf16:
         print("no rows in bf16, which this device does not multiply in hardware", flush=True)
     auto = f"auto-{precisions[-1]}"
-    names = [f"{mode}-{p}" for mode in MODES[args.device] for p in precisions]
+    names = [f"{mode}-{p}" for mode in MODES[args.device.type] for p in precisions]
     keys = [(part, name) for part in args.only for name in names]
     return measure({key: partial(in_process, args, *key) for key in keys}, args, auto, machine)
 
@@ -270,8 +273,8 @@ def main():
     args = parser.parse_args()
     if args.csv:
         writable_file(args.csv, "--csv")
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.only = args.only or PARTS[args.device]
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.only = args.only or PARTS[args.device.type]
     rows = measure_all(args)
     print(markdown_table([k.replace("_", " ") for k in rows[0]], [row.values() for row in rows]))
 

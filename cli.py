@@ -58,12 +58,24 @@ class SignalHandler:
             signal.signal(signum, handler)
 
 
+def excepthook(kind, error, traceback):
+    """A line in place of a traceback for Ctrl-C during imports, which take seconds."""
+    if kind is KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = excepthook  # scripts import this module first
+
+
 def run_script(main):
     """Call main() and end the process with the exit status of the module docstring."""
     name = os.path.basename(sys.argv[0])
     message, status = None, 0
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # for names that its encoding lacks
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not, a closed one is None
+            stream.reconfigure(errors="backslashreplace")  # for names that its encoding lacks
     try:
         main()
         if sys.stdout:

@@ -11,16 +11,17 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cli import (
+    Parser, RunError, UsageError, add_data_arguments, positive_int, printable, run_script, seed_int,
+    sha256, writable_dir,
+)  # fmt: skip
+
 import torch
 import torch.nn.functional as F
 
 import plots
 import sources
 from augment import Normalize, augment, epoch_plan
-from cli import (
-    Parser, RunError, UsageError, add_data_arguments, positive_int, printable, run_script, seed_int,
-    sha256, writable_dir,
-)  # fmt: skip
 from schedule import RECIPES
 
 # Of the run to reproduce; `channel_mean_std` gives the same to three digits.

@@ -8,16 +8,18 @@ Writes confusion.png and misclassified.png beside the checkpoint, or to --out.
 
 from pathlib import Path
 
-import torch
-
-import plots
-from augment import Normalize
 from cli import (
     Parser, add_data_arguments, add_device_arguments, positive_int, printable, run_script,
     writable_dir,
 )  # fmt: skip
+
+import torch
+
+import plots
+from augment import Normalize
 from data import class_balanced_indices, load_for_checkpoint
 from runtime import Runtime
+from sources import IMAGE_SIZE, load_image
 from trainer import load_checkpoint, loss_and_accuracy, predict
 
 
@@ -57,6 +59,26 @@ def matrix_text(matrix, class_names):
     for i, (name, row) in enumerate(zip(class_names, matrix.tolist())):
         lines.append(f"{name:>{width}} {i:>3} " + "".join(f"{count:>{cell}}" for count in row))
     return "\n".join(lines)
+
+
+def classify(ckpt, images, device="auto"):
+    """(class names, probabilities float32 (N, K)) of images, by a file of train.py.
+
+    `images` are paths of image files, or a tensor uint8 (N, 3, 32, 32); they are normalized here.
+    Raises UsageError for another file or device, RunError for an image that cannot be read, and
+    ValueError for another tensor.
+    """
+    runtime = Runtime(device)
+    model, ckpt = load_checkpoint(ckpt, runtime.device)
+    if not torch.is_tensor(images):
+        images = torch.stack([load_image(path) for path in images])
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)}, not uint8 (N, 3, 32, 32)"
+        )
+    normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)
+    logits = predict(runtime, model, normalize, images.to(runtime.device))
+    return ckpt["class_names"], logits.softmax(1)
 
 
 def parse_args():

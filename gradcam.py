@@ -13,6 +13,11 @@ import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
+from cli import (
+    Parser, ProgressBar, UsageError, add_data_arguments, add_device_arguments, atomic_write,
+    positive_int, printable, run_script, seed_int, writable_dir, write_csv,
+)  # fmt: skip
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,10 +25,6 @@ import torch.nn.functional as F
 import faithfulness
 import plots
 from augment import Normalize
-from cli import (
-    Parser, ProgressBar, UsageError, add_data_arguments, add_device_arguments, atomic_write,
-    positive_int, printable, run_script, seed_int, writable_dir, write_csv,
-)  # fmt: skip
 from data import class_balanced_indices, load_for_checkpoint
 from runtime import Runtime
 from sources import IMAGE_SIZE, load_image

@@ -13,6 +13,12 @@ start, after every epoch, every --save-every steps, and on SIGINT and SIGTERM.
 
 import argparse
 import contextlib
+from cli import (
+    Parser, RunError, UsageError, add_data_arguments, add_device_arguments, atomic_write,
+    first_line, positive_float, positive_int, printable, remove_stale_temp_files, run_script,
+    seed_int, writable_dir, writable_file,
+)  # fmt: skip
+
 import dataclasses
 import datetime
 import json
@@ -25,11 +31,6 @@ from pathlib import Path
 
 import data
 import plots
-from cli import (
-    Parser, RunError, UsageError, add_data_arguments, add_device_arguments, atomic_write,
-    first_line, positive_float, positive_int, printable, remove_stale_temp_files, run_script,
-    seed_int, writable_dir, writable_file,
-)  # fmt: skip
 from runtime import Runtime, elastic_run_id, versions
 from schedule import RECIPES, Recipe, with_overrides
 from trainer import Run, Trainer, load_checkpoint

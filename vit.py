@@ -12,12 +12,12 @@ CLS token and pre-norm blocks: Dosovitskiy et al. 2020, arXiv:2010.11929.
 
 import math
 
+from cli import Parser, positive_int, run_script
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from cli import Parser, positive_int, run_script
 
 
 class Conv1x1(nn.Linear):
@@ -184,7 +184,7 @@ class ViT(nn.Module):
         if images.dim() != 4 or images.shape[1:] != (c, S, S):
             raise ValueError(f"images are {tuple(images.shape)}, not (B, {c}, {S}, {S})")
         tokens = self.stem(images, stem_as_matmul)  # (B, 3, 32, 32) -> (B, 32, 64)
-        cls_token = self.cls_token.expand(len(images), -1, -1)  # (1, 1, 64) -> (B, 1, 64)
+        cls_token = self.cls_token.expand(images.shape[0], -1, -1)  # (1, 1, 64) -> (B, 1, 64)
         x = torch.cat([cls_token, tokens], dim=1) + self.pos_embedding  # (B, 33, 64)
         x = self.blocks(x)[:, 0]  # (B, 33, 64) -> (B, 1, 64) -> (B, 64)
         return self.head(self.norm(x))  # (B, 64) -> (B, num_classes)

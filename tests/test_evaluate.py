@@ -93,3 +93,18 @@ def test_figures_take_any_name(name, tmp_path):
     lines = [line for text in texts for line in text.get_text().split("\n")]
     assert all(len(line) <= 10 * figure.get_figwidth() and line.isprintable() for line in lines)
     assert "mathdefault" not in str(lines)
+
+
+def test_classify(small, tmp_path):
+    """Files and tensors alike are normalized; float images, perhaps normalized, are refused."""
+    ckpt = save_small_checkpoint(tmp_path / "best.pt", small)
+    image = small.test_images[0]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    names, probabilities = evaluate.classify(ckpt, [tmp_path / "a.png"])
+    expected = make_model()(Normalize(small.mean, small.std, "cpu")(image[None])).softmax(1)
+    assert names == list(small.class_names)
+    for found in (probabilities, evaluate.classify(ckpt, image[None], "cpu")[1]):
+        assert torch.allclose(found, expected, atol=1e-4)
+    for wrong in (image[None].float(), image[None, :, 1:]):
+        with pytest.raises(ValueError, match="not uint8"):
+            evaluate.classify(ckpt, wrong)

@@ -1,6 +1,8 @@
 """Wrong command lines, of every script: exit status 2, one line, nothing written."""
 
+import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -133,3 +135,21 @@ def test_a_closed_stdout_shows_no_traceback(redirect):
 def test_what_is_not_printable_is_escaped():
     assert cli.printable("a\x1b[31m\nb\udcff é") == r"a\x1b[31m b\udcff é"
     assert os.fsdecode(b"\xff") != cli.printable(os.fsdecode(b"\xff"))
+
+
+@pytest.mark.parametrize("script", ["bench", "data", "evaluate", "gradcam", "train", "vit"])
+def test_ctrl_c_during_imports_shows_no_traceback(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", f"import sys; sys.path.append('.'); import {script}"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "stopped\n")
+
+
+def test_streams_without_unicode_or_methods(monkeypatch):
+    """An ASCII terminal gets escapes; a notebook's stdout is no text file."""
+    terminal, notebook = io.TextIOWrapper(io.BytesIO(), "ascii"), io.StringIO()
+    for stream in (terminal, notebook):
+        monkeypatch.setattr(sys, "stdout", stream)
+        cli.run_script(lambda: print("é"))
+    assert terminal.buffer.getvalue() == b"\\xe9\n" and notebook.getvalue() == "é\n"

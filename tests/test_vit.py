@@ -191,3 +191,11 @@ def test_recipes_initialize_the_network():
     changed = {"cls_token", "pos_embedding", "stem.proj.weight"}
     for (name, p), q in zip(pooled.named_parameters(), plain.parameters()):
         assert torch.equal(p, q) == (name not in changed)
+
+
+def test_export_takes_batches_of_any_size():
+    """As docs/library.md has it."""
+    model, images = vit.ViT().eval(), torch.randn(5, 3, 32, 32)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(model, (images[:2],), dynamic_shapes={"images": batch})
+    assert torch.allclose(program.module()(images), model(images), atol=1e-6)
