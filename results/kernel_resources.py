@@ -48,7 +48,7 @@ TYPES = {
 
 
 def target_of(name, dtype):
-    return Target(dtype, int(name[3:]) if name[:2] == "sm" else name, 1024 * SHARED_KB[name])
+    return Target(dtype, int(name[3:]) if name[:2] == "sm" else name)
 
 
 def half_dtype(target):
