@@ -139,7 +139,8 @@ def augment(images, rows, recipe, normalize):
     if rows.affine is not None:
         mask, parameters = rows.affine, (rows.translate, rows.scale, rows.angle)
         moved = affine(images[mask], *(p[mask] for p in parameters))
-        images = images.float().index_put((mask,), moved)
+        images = images.float()
+        images[mask] = moved
     images = normalize(images)
     if rows.cutout is not None:
         images = cutout(images, rows.cutout_xy, recipe.cutout_size, rows.cutout)

@@ -45,6 +45,14 @@ def count(method, name, size):
     setattr(InterpreterBuilder, method, counted)
 
 
+def count_all():
+    count("create_masked_load", "loaded", lambda pointers, mask, *_: num_bytes(pointers, mask))
+    count(
+        "create_masked_store", "stored", lambda pointers, _, mask, *rest: num_bytes(pointers, mask)
+    )
+    count("create_dot", "operations", lambda a, b, *_: 2 * a.data.size * b.data.shape[1])
+
+
 def rows(recipe):
     """A dict for every launch of a step of a full batch."""
     B, runtime = RECIPES[recipe].batch_size, Runtime("cpu", "bf16", "torch")
@@ -70,11 +78,7 @@ def main():
     Parser(description="Count bytes and operations of the kernels.").parse_args()
     if not INTERPRETED:
         raise UsageError("set TRITON_INTERPRET=1, whose interpreter counts")
-    count("create_masked_load", "loaded", lambda pointers, mask, *_: num_bytes(pointers, mask))
-    count(
-        "create_masked_store", "stored", lambda pointers, _, mask, *rest: num_bytes(pointers, mask)
-    )
-    count("create_dot", "operations", lambda a, b, *_: 2 * a.data.size * b.data.shape[1])
+    count_all()
     found = [row for recipe in ("default", "original") for row in rows(recipe)]
     write_csv(RESULTS / "kernel_traffic.csv", found)
     for row in found:

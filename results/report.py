@@ -171,7 +171,18 @@ def resources():
     return table(rows)
 
 
-FUNCTIONS = headline, reading, accuracy, log, ablation, lr_study, saliency, speed, resources
+def traffic():
+    """What each launch of a step loads, stores and multiplies, and the sum."""
+    rows = read_csv(RESULTS / "kernel_traffic.csv")
+    for recipe in unique(rows, "recipe"):
+        same = [row for row in rows if row["recipe"] == recipe]
+        sums = {k: f"{sum(column(same, k)):.1f}" for k in list(rows[0])[3:]}
+        rows.append({**same[0], "kernel": f"all {len(same)} launches", **sums})
+    return table(rows)
+
+
+FUNCTIONS = headline, reading, accuracy, log, ablation, lr_study, saliency, speed
+FUNCTIONS = *FUNCTIONS, resources, traffic
 TABLES = {function.__name__: function for function in FUNCTIONS}
 
 

@@ -12,7 +12,7 @@ from results import report
 from schedule import Recipe
 
 SCRIPTS = "bench", "evaluate", "gradcam", "lr_range", "train"  # never imported
-SCRIPTS = *SCRIPTS, "results.report", "results.kernel_resources"
+SCRIPTS = *SCRIPTS, "results.report", "results.kernel_resources", "results.kernel_traffic"
 TORCHRUN = {"--nproc-per-node", "--max-restarts", "--rdzv-id"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,7 +64,7 @@ def test_sizes_are_within_the_limits():
         "lines of README": (len(readme.splitlines()), 150),
         "words of README": (len(readme.split()), 1500),
     }
-    for folder, limit in zip(FOLDERS, (3540, 1420, 3700, 400)):
+    for folder, limit in zip(FOLDERS, (3540, 1420, 3720, 500)):
         total = sum(len(lines[path]) for path in SOURCES if path.parent == folder)
         sizes[f"lines in {folder.name}/"] = total, limit
     for path, text in SOURCES.items():

@@ -75,3 +75,28 @@ def test_tensor_cores(found):
         if is_product:
             has_them = row["dtype"] == "bf16" or row["target"].startswith("gfx")
             assert (row["matrix_instructions"] > 0) == has_them, row
+
+
+def test_traffic_is_counted():
+    """Bytes of what a mask lets through, activations as bf16; two operations a multiplication."""
+    script = """
+import torch, triton, triton.language as tl
+from kernel_traffic import count_all, counts, half
+
+@triton.jit
+def kernel(x_ptr, y_ptr):
+    i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + i, mask=i < 100, other=0.0)
+    tl.store(y_ptr + i, tl.dot(x, x))
+
+count_all()
+x, y = torch.zeros(2, 256)
+half.append(range(x.data_ptr(), x.data_ptr() + 1024))
+kernel[(2,)](x, y)
+print(dict(counts))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command, options = [sys.executable, "-c", script], {"capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=ROOT / "results", env=environment, **options)
+    expected = {"loaded": 2 * 200, "operations": 2 * 2 * 16**3, "stored": 2 * 1024}
+    assert done.stdout == f"{expected}\n", done.stderr
