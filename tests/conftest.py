@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
 # CIFAR-10 as an image folder; tests that need it skip without it.
 CIFAR_FOLDER = Path(os.environ.get("CIFAR10_FOLDER", ROOT / "data" / "cifar10-folder"))
 RUN_FILES = ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
+# Processes are forked from one that has imported torch, and what optimizers import, once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])
 NO_AUGMENTATION = dict(crop_padding=0, flip_p=0.0, affine_p=0.0, cutout_p=0.0)
 
 
@@ -47,16 +51,21 @@ def small_shapes(monkeypatch, small):
 
 
 @pytest.fixture
-def tiny_shapes(monkeypatch):
-    """`--data shapes` is 20 training and 10 test images, and figures are text."""
-    tiny = data.load_shapes(20, 10)
-    monkeypatch.setattr(data, "load_shapes", lambda: tiny)
+def text_figures(monkeypatch):
+    """Figures are saved as text, which is faster."""
 
     def save_figure(figure, path):
         with cli.atomic_write(path) as temporary:
             temporary.write_text("figure")
 
     monkeypatch.setattr(plots, "save_figure", save_figure)
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch, text_figures):
+    """`--data shapes` is 20 training and 10 test images."""
+    tiny = data.load_shapes(20, 10)
+    monkeypatch.setattr(data, "load_shapes", lambda: tiny)
 
 
 @pytest.fixture
@@ -76,10 +85,29 @@ def invoke(monkeypatch, capsys):
     return invoked
 
 
-def to_device(dataset, device):
-    """A copy of a Dataset on another device."""
-    tensors = {k: v.to(device) for k, v in vars(dataset).items() if torch.is_tensor(v)}
-    return dataclasses.replace(dataset, **tensors)
+@pytest.fixture
+def succeeds(invoke):
+    """succeeds(module, args): stdout of a script that exits with status 0 and without a warning."""
+
+    def check(module, args):
+        status, out, err = invoke(module, args)
+        assert (status, err) == (0, "")
+        return out
+
+    return check
+
+
+@pytest.fixture
+def fails(invoke):
+    """fails(module, args, status=2): the line on stderr of a script that exits with status."""
+
+    def check(module, args, status=2):
+        actual, _, err = invoke(module, args)
+        assert (actual, err.count("\n")) == (status, 1), err
+        assert err.startswith(f"{module.__name__}.py: error: ")
+        return err
+
+    return check
 
 
 def small_recipe(**changes):
