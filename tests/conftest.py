@@ -29,8 +29,6 @@ from trainer import Trainer, build_model
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
-# CIFAR-10 as an image folder; tests that need it skip without it.
-CIFAR_FOLDER = Path(os.environ.get("CIFAR10_FOLDER", ROOT / "data" / "cifar10-folder"))
 RUN_FILES = ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
 # Processes are forked from one that has imported torch, and what optimizers import, once.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -122,7 +120,7 @@ def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
 
 
 def make_model(seed=1):
-    """Small embeddings, or they would hide the image in a network without training."""
+    """A fresh network in which embeddings are small enough not to hide the image."""
     recipe = dataclasses.replace(RECIPES["original"], embed_init_std=0.02)
     return build_model(recipe, 10, seed, "cpu").eval()
 
@@ -160,14 +158,12 @@ def write_images(root, num_train, num_test):
 
 def tampered(ckpt, *path, value=None):
     """A copy with the value at `path` replaced, or deleted, and a sha256 that fits."""
-    ckpt = copy.deepcopy({k: v for k, v in ckpt.items() if k != "sha256"})
-    inner = ckpt
+    inner = ckpt = copy.deepcopy({k: v for k, v in ckpt.items() if k != "sha256"})
     for name in path[:-1]:
         inner = inner[name]
+    inner[path[-1]] = value
     if value is None:
         del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
     return {**ckpt, "sha256": cli.sha256(ckpt)}
 
 

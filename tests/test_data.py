@@ -1,8 +1,11 @@
 """Datasets by their spec, their statistics and splits, and the script's samples."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import CIFAR_FOLDER, write_images
+from conftest import ROOT, write_images
 
 import data
 import sources
@@ -10,12 +13,13 @@ from augment import Normalize, augment, epoch_plan
 from cli import RunError
 from schedule import RECIPES
 
-
-def fail(*args):
-    raise RunError("no network")
+CIFAR_FOLDER = Path(os.environ.get("CIFAR10_FOLDER", ROOT / "data" / "cifar10-folder"))
 
 
 def test_auto_without_cifar10_warns_and_continues_with_shapes(small_shapes, monkeypatch, capsys):
+    def fail(*args):
+        raise RunError("no network")
+
     monkeypatch.setattr(sources, "load_cifar", fail)
     assert data.load("auto", "nowhere").name == "shapes"
     err = capsys.readouterr().err
@@ -87,9 +91,8 @@ def test_class_balanced_indices_take_classes_in_turn():
 def test_samples_are_what_a_run_trains_on(small_shapes, small, monkeypatch, tmp_path, succeeds):
     """The first row as stored, then as the plans of the first epochs augment these images."""
     grids, draw = [], data.plots.sample_grid
-    monkeypatch.setattr(
-        data.plots, "sample_grid", lambda grid, *args: grids.append(grid) or draw(grid, *args)
-    )
+    spy = lambda grid, *args: grids.append(grid) or draw(grid, *args)
+    monkeypatch.setattr(data.plots, "sample_grid", spy)
     args = ["--data", "shapes", "--recipe", "original", "--n", 5, "--out", tmp_path, "--seed", 3]
     out = succeeds(data, args)
     assert "checkered" in out and "red    mean" in out

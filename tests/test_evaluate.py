@@ -66,7 +66,7 @@ SWEEP = [{"lr": 0.1**k, "loss": k, "smoothed_loss": k, "train_accuracy": k} for 
 SUGGESTIONS = {"$x_$": SimpleNamespace(lr=0.01), "valley": SimpleNamespace(lr=None)}
 FIGURES = {
     "confusion": (plots.confusion_matrix, torch.eye(11).long(), NAMES),
-    "many": (plots.confusion_matrix, torch.eye(300).long(), NAMES[:10] * 30),
+    "many": (plots.confusion_matrix, torch.eye(150).long(), NAMES[:10] * 15),
     "images": (plots.image_grid, IMAGES, [f"{name}\n5 % {name}" for name in NAMES]),
     "samples": (plots.sample_grid, [IMAGES], NAMES, ["original"]),
     "curves": (plots.training_curves, [ROW], OneCycle(0.1, 3, 0.3, 10, 10), 3),

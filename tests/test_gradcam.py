@@ -39,27 +39,22 @@ def unit(maps):
     return gradcam.normalize_map(upsampled(maps.relu()))
 
 
-def small_cnn(pooled):
-    """A convolution, an in-place ReLU and a linear head on channel means or on every position."""
+def test_maps_of_a_linear_head():
+    """A convolution, an in-place ReLU, and a head that reads every position."""
     torch.manual_seed(0)
     features = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.ReLU(inplace=True))
-    pool = nn.AdaptiveAvgPool2d(1 if pooled else 16)
-    return nn.Sequential(features, pool, nn.Flatten(), nn.Linear(5 if pooled else 5 * 256, 4))
-
-
-@pytest.mark.parametrize("pooled", [True, False])
-def test_maps_of_a_linear_head(pooled):
-    model, images, targets = small_cnn(pooled), noise(4), torch.tensor([3, 2, 1, 0])
-    activations = model[0](images).detach()
-    weights = model[3].weight[targets].detach().view(4, 5, *([1, 1] if pooled else [16, 16]))
-    # With global average pooling both are CAM, Zhou et al. 2016, arXiv:1512.04150.
+    model = nn.Sequential(features, nn.Flatten(), nn.Linear(5 * 256, 4))
+    images, targets = noise(4), torch.tensor([3, 2, 1, 0])
+    activations, weights = features(images).detach(), model[2].weight[targets].detach()
+    weights = weights.view(4, 5, 16, 16)
     factors = {"hirescam": weights, "gradcam": weights.mean((2, 3), keepdim=True)}
     for method, factor in factors.items():
         expected = (factor * activations).sum(1)
-        with GradCAM(model, "0.1", method) as cam:
-            raw = cam(images, targets, normalize=False)
-            assert torch.allclose(cam(images, targets), unit(expected), atol=1e-5)
-        assert torch.allclose(raw, upsampled(expected.relu()) / (256 if pooled else 1), atol=1e-6)
+        raw = explain(model, "0.1", method, images, targets, normalize=False)
+        assert torch.allclose(raw, upsampled(expected.relu()), atol=1e-6)
+        assert torch.allclose(
+            explain(model, "0.1", method, images, targets), unit(expected), atol=1e-5
+        )
     # The gradient before an in-place ReLU is 0 where the ReLU is.
     maps = explain(model, "0.0", "hirescam", images, targets)
     assert torch.allclose(maps, unit((weights * activations).sum(1)), atol=1e-5)

@@ -29,9 +29,8 @@ def test_a_changed_table_is_found_and_written_again(copied, invoke):
     pages = {path: path.read_text() for path in copied.rglob("*.md")}
     for name in report.TABLES:
         (path,) = (path for path, text in pages.items() if f"<!-- {name} -->" in text)
-        path.write_text(
-            pages[path].replace(f"\n<!-- end of {name} -->", f"0\n<!-- end of {name} -->")
-        )
+        end = f"\n<!-- end of {name} -->"
+        path.write_text(pages[path].replace(end, f"0{end}"))
         status, _, err = invoke(report, ["--check"])
         assert (status, err.count("\n")) == (1, 1) and f"out of date: {path.name};" in err, name
         path.write_text(pages[path])

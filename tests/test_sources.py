@@ -193,12 +193,11 @@ def test_a_folder_is_decoded_again_when_it_changes(folder, tmp_path, monkeypatch
 
 
 def test_another_layout_is_a_usage_error(folder, tmp_path):
-    changes = {  # message: how to get there from the folder as left by the line above
-        "images has no folder train/owl/ with images": lambda: (folder / "train/owl").mkdir(),
-        "class 'owl' is not in both": lambda: (folder / "train/owl/x").touch(),
-        "images has no folder test/<class>/ with": lambda: (folder / "test").rename(folder / "y"),
-    }
-    for message, change in changes.items():
+    for message, change in (  # each change is made to what the last one left
+        ("images has no folder train/owl/ with images", (folder / "train/owl").mkdir),
+        ("class 'owl' is not in both", (folder / "train/owl/x").touch),
+        ("images has no folder test/<class>/ with", lambda: (folder / "test").rename(folder / "y")),
+    ):
         change()
         with pytest.raises(UsageError, match=message):
             sources.load_image_folder(folder, tmp_path / "data")
