@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,8 +91,7 @@ def test_class_balanced_indices_take_classes_in_turn():
 
 def test_samples_are_what_a_run_trains_on(small_shapes, small, monkeypatch, tmp_path, succeeds):
     """The first row as stored, then as the plans of the first epochs augment these images."""
-    grids, draw = [], data.plots.sample_grid
-    spy = lambda grid, *args: grids.append(grid) or draw(grid, *args)
+    spy = Mock(wraps=data.plots.sample_grid)
     monkeypatch.setattr(data.plots, "sample_grid", spy)
     args = ["--data", "shapes", "--recipe", "original", "--n", 5, "--out", tmp_path, "--seed", 3]
     out = succeeds(data, args)
@@ -100,6 +100,6 @@ def test_samples_are_what_a_run_trains_on(small_shapes, small, monkeypatch, tmp_
     recipe, normalize = RECIPES["original"], Normalize(small.mean, small.std, "cpu")
     plan = epoch_plan(recipe, 300, 32, 3, 0, "cpu")
     batch = augment(small.train_images[plan.indices], plan, recipe, normalize)
-    (grid,) = grids
+    grid = spy.call_args.args[0]
     assert torch.equal(grid[0], small.train_images[plan.indices[:5]])
     assert torch.equal(grid[1], normalize.invert(batch)[:5]) and len(grid) == 6

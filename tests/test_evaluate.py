@@ -1,6 +1,7 @@
 """The classification report, the script, and figures with hostile names."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,14 +39,13 @@ def test_confusion_matrix_and_report():
 
 
 def test_script(small, small_shapes, tmp_path, succeeds, monkeypatch):
-    path, loaded = tmp_path / "run" / "best.pt", []
+    path, spy = tmp_path / "run" / "best.pt", Mock(wraps=load_for_checkpoint)
     config = {"data_sha256": small.fingerprint(), "data_dir": "../elsewhere", "recipe": "\x1b[31m"}
     save_small_checkpoint(path, small, **config)
     monkeypatch.chdir(path.parent)
-    load = lambda *args: loaded.append(args) or load_for_checkpoint(*args)
-    monkeypatch.setattr(evaluate, "load_for_checkpoint", load)
+    monkeypatch.setattr(evaluate, "load_for_checkpoint", spy)
     out = succeeds(evaluate, ["--ckpt", path, "--tta", "flip", "--n", 7])
-    assert loaded[0][1:3] == (None, "./data")
+    assert spy.call_args.args[1:3] == (None, "./data")
     assert "recipe \\x1b[31m) on shapes, 100 test images\n" in out
     images, model = Normalize(small.mean, small.std, "cpu")(small.test_images), make_model()
     logits, flipped = model(images), model(images.flip(3))

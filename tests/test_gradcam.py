@@ -1,6 +1,7 @@
 """Saliency maps where the answer is known, the measures that judge them, and the script."""
 
 import itertools
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -52,9 +53,8 @@ def test_maps_of_a_linear_head():
         expected = (factor * activations).sum(1)
         raw = explain(model, "0.1", method, images, targets, normalize=False)
         assert torch.allclose(raw, upsampled(expected.relu()), atol=1e-6)
-        assert torch.allclose(
-            explain(model, "0.1", method, images, targets), unit(expected), atol=1e-5
-        )
+        maps = explain(model, "0.1", method, images, targets)
+        assert torch.allclose(maps, unit(expected), atol=1e-5)
     # The gradient before an in-place ReLU is 0 where the ReLU is.
     maps = explain(model, "0.0", "hirescam", images, targets)
     assert torch.allclose(maps, unit((weights * activations).sum(1)), atol=1e-5)
@@ -129,9 +129,9 @@ def test_baselines_do_not_know_the_network():
     maps = gradcam.baselines(images, (16, 16), torch.Generator().manual_seed(0))
     assert list(maps) == BASELINES
     assert all(m.shape == (3, 32, 32) and m.min() >= 0 and m.max() <= 1 for m in maps.values())
-    assert not gradcam.normalize_map(upsampled(torch.full((2, 15, 13), 0.1))).any()  # rounding
     assert maps["edges"][0].nonzero()[:, 1].unique().tolist() == [19, 20]
     assert (maps["center"][0] == 1).nonzero().unique().tolist() == [15, 16]
+    assert not gradcam.normalize_map(upsampled(torch.full((2, 15, 13), 0.1))).any()  # rounding
     assert not any(torch.equal(*maps[name][:2]) for name in ("random grid", "random pixels"))
 
 
@@ -236,21 +236,20 @@ def ckpt(small, small_shapes, tmp_path):
 
 @pytest.fixture
 def draw(ckpt, succeeds, monkeypatch):
-    """draw(*flags) runs the script: (arguments of plots.heat_maps, stdout)."""
-    drawn, heat_maps = [], plots.heat_maps
-    monkeypatch.setattr(plots, "heat_maps", lambda *args: drawn.append(args) or heat_maps(*args))
+    """draw(flags) runs the script: (arguments of plots.heat_maps, stdout)."""
+    spy = Mock(wraps=plots.heat_maps)
+    monkeypatch.setattr(plots, "heat_maps", spy)
 
-    def run(*flags):
-        args = [arg for flag in flags for arg in flag.split()]
-        out = succeeds(gradcam, ["--ckpt", ckpt, "--n", 3, *args])
-        return drawn[-1], out
+    def run(flags):
+        out = succeeds(gradcam, ["--ckpt", ckpt, "--n", 3, *flags.split()])
+        return spy.call_args.args, out
 
     return run
 
 
 @pytest.mark.parametrize("flags", ["--n 9", "--correct", "--class star", "--target ring"])
 def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
-    (images, titles, maps, captions, names, _), out = draw(flags, "--precision bf16")
+    (images, titles, maps, captions, names, _), out = draw(f"{flags} --precision bf16")
     model, normalize = make_model(), Normalize(small.mean, small.std, "cpu")
     logits = model(normalize(images)).detach()
     for i, title in enumerate(titles):
@@ -266,10 +265,10 @@ def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
             assert torch.allclose(saliency, expected[0], atol=1e-4)
     assert len(titles) in (3, 9) and len(names) == (1 if "--target" in flags else 2)
     # Classes take turns; fresh weights predict one class only.
-    expected = {"--class": {"star"}, "--correct": {"triangle"}}.get(flags.split()[0])
-    assert set(titles) == expected if expected else len(set(titles)) == len(titles)
+    only = {"--class star": {"star"}, "--correct": {"triangle"}}.get(flags)
+    assert set(titles) == only if only else len(set(titles)) == len(titles)
     if flags == "--correct":
-        assert draw(flags, "--seed 1")[1] == out != draw(flags, "--seed 2")[1]
+        assert draw("--correct --seed 1")[1] == out != draw("--correct --seed 2")[1]
     assert sorted(path.name for path in ckpt.parent.iterdir()) == ["best.pt", "gradcam.png"]
 
 
@@ -277,9 +276,10 @@ def test_image_files(tmp_path, draw):
     paths = [tmp_path / "wide\x1b.png", tmp_path / "small.jpg"]
     for path, size in zip(paths, [(300, 200), (8, 8)]):
         Image.new("RGB", size, (200, 30, 90)).save(path)
-    args, out = draw("--image", *map(str, paths), f"--save-maps {tmp_path}/maps.npy")
-    maps, (caption, _) = args[2:4]
-    assert maps.shape == (2, 3, 32, 32) and args[1] == ["wide\\x1b.png", "small.jpg"]
+    (_, names, maps, (caption, _), *_), out = draw(
+        f"--image {paths[0]} {paths[1]} --save-maps {tmp_path}/maps.npy"
+    )
+    assert maps.shape == (2, 3, 32, 32) and names == ["wide\\x1b.png", "small.jpg"]
     assert f"wide\\x1b.png: 1st {caption[0]}, 2nd {caption[1]}, 3rd {caption[2]}\n" in out
     raw = torch.from_numpy(np.load(tmp_path / "maps.npy"))
     assert torch.equal(gradcam.normalize_map(raw), maps) and not torch.equal(raw, maps)
