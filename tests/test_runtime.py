@@ -23,8 +23,6 @@ from runtime import Distributed, Runtime, tune_malloc
 from schedule import RECIPES
 from trainer import Trainer, build_model, load_checkpoint, predict
 
-STEPS = 20
-
 
 def train_steps(distributed):
     """The losses of recipe original at a tenth of its lr, then logits and weights.
@@ -32,21 +30,14 @@ def train_steps(distributed):
     The last batch of an epoch has 7 images; ranks start from other weights than rank 0. At the full
     lr training is unstable with such small batches, and rounding grows tenfold every few steps.
     """
-    dataset = data.load_shapes(4 * 64 + 7, 1200)
+    dataset, losses = data.load_shapes(4 * 64 + 7, 1200), []
     recipe = dataclasses.replace(RECIPES["original"], batch_size=64, max_lr=0.003)
     runtime = Runtime("cpu", "fp32", distributed=distributed)
-
-    def other_init(recipe, num_classes, seed, device):
-        return build_model(recipe, num_classes, seed + runtime.dist.rank, device)
-
+    other_init = lambda *args: build_model(*args[:2], 1 + runtime.dist.rank, "cpu")
     with mock.patch("trainer.build_model", other_init):
-        trainer, losses = Trainer(recipe, dataset, runtime, 1), []
-
-    def after_step():
-        losses.append(trainer.totals[0].item())
-
-    for _ in range(STEPS // trainer.steps_per_epoch):
-        trainer.train_epoch(trainer.steps_per_epoch, after_step)
+        trainer = Trainer(recipe, dataset, runtime, 1)
+    for _ in range(4):
+        trainer.train_epoch(5, lambda: losses.append(trainer.totals[0].item()))
     logits = predict(runtime, trainer.model, trainer.normalize, dataset.test_images)
     return {"losses": losses, "logits": logits, "weights": trainer.model.state_dict()}
 
@@ -70,8 +61,7 @@ def test_two_ranks_train_like_one_process_and_like_each_other(tmp_path):
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert sha256(first) == sha256(second)
-    assert len(alone["losses"]) == STEPS
+    assert sha256(first) == sha256(second) and len(alone["losses"]) == 20
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
@@ -176,32 +166,26 @@ def test_torchrun_restarts_after_a_rank_has_died(torchrun, tmp_path, invoke):
     """It resumed its run, which one process finishes with the losses of an unbroken run."""
     args, last, _, _ = torchrun
     status, _, err = invoke(train, ["--resume", last])
-    assert status == 0 and "2 ranks and is " in err and only_run(last.parents[2]) == last.parent
+    assert status == 0 and err.startswith("warning: the bits may differ: device was ")
     assert invoke(train, [*args, "--out", tmp_path])[0] == 0
-    losses, alone = (
-        [float(row["train_loss"]) for row in read_csv(folder / "history.csv")]
-        for folder in (last.parent, only_run(tmp_path))
-    )
+    histories = (read_csv(only_run(out) / "history.csv") for out in (last.parents[2], tmp_path))
+    losses, alone = ([float(row["train_loss"]) for row in history] for history in histories)
     assert len(losses) == 10 and losses == pytest.approx(alone, abs=1e-4)
 
 
 # --- devices ---
 
 
-def test_without_bf16_or_glibc_runs_work(monkeypatch):
+def test_without_bf16_glibc_or_triton_runs_work(monkeypatch, capsys):
     monkeypatch.setattr(runtime, "supports_bf16_matmul", lambda device: False)
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert not tune_malloc()
     assert Runtime("cpu").precision == "fp32" and Runtime("cpu", "bf16").precision == "bf16"
+    assert not Runtime("cpu").fused and not Runtime("cpu", kernels="torch").fused
+    assert capsys.readouterr().err == ""
 
 
 def test_fp16_needs_kernels_that_scale_the_loss():
     with pytest.raises(UsageError, match="--precision fp16 needs the Triton kernels"):
         Runtime("cpu", "fp16")
-
-
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_a_cpu_runs_without_triton(monkeypatch, capsys, kernels):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert not Runtime("cpu", kernels=kernels).fused
-    assert capsys.readouterr().err == ""
