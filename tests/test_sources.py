@@ -212,7 +212,8 @@ def test_class_names_are_escaped(folder, tmp_path, capsys):
 
 
 def encoded(image, format, **options):
-    image.save(file := io.BytesIO(), format, **options)
+    file = io.BytesIO()
+    image.save(file, format, **options)
     return file.getvalue()
 
 
