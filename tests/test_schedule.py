@@ -21,10 +21,10 @@ def test_original_recipe_has_the_logged_lrs():
     assert lrs == pytest.approx([float(row["lr_at_epoch_start"]) for row in log], rel=0, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "total_steps, pct_start",
-    [(2352, 5 / 24), (100, 0.3), (10, 0.05), (7, 0.0), (7, 1.0), (3, 0.4), (1, 0.3)],
-)
+SPANS = [(2352, 5 / 24), (100, 0.3), (10, 0.05), (7, 0.0), (7, 1.0), (3, 0.4), (1, 0.3)]
+
+
+@pytest.mark.parametrize("total_steps, pct_start", SPANS)
 def test_onecycle_equals_pytorch_at_every_step(total_steps, pct_start):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], betas=(0.9, 0.999))
     reference = torch.optim.lr_scheduler.OneCycleLR(
@@ -183,18 +183,17 @@ def test_convolutions_and_stacked_matrices_move_as_their_matrices():
 def test_muon_has_the_hidden_weights_and_adamw_the_rest(small):
     changes = dict(optimizer="muon", adamw_lr_scale=0.15, weight_decay=0.1, l1=0.0, batch_size=100)
     trainer = make_trainer(small, small_recipe(**changes))
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    names = {p: name for name, p in trainer.model.named_parameters()}
     muon, adamw = trainer.optimizers
-    hidden = {names[id(p)]: n for p, n in zip(muon.param_groups[0]["params"], muon.num_chunks)}
-    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert hidden.keys() | rest == set(names.values()) and not hidden.keys() & rest
-    assert hidden == {name: 3 if name.endswith("qkv.weight") else 1 for name in hidden}
-    matrices = {name for name in rest if trainer.model.get_parameter(name).dim() > 1}
+    (hidden,), (_, rest) = muon.param_groups, adamw.param_groups
+    num_chunks = dict(zip((names[p] for p in hidden["params"]), muon.num_chunks))
+    assert num_chunks == {name: 3 if name.endswith("qkv.weight") else 1 for name in num_chunks}
+    others = {names[p] for p in rest["params"]}
+    assert num_chunks.keys() ^ others == set(names.values())
+    matrices = {name for name in others if trainer.model.get_parameter(name).dim() > 1}
     assert matrices == {"cls_token", "pos_embedding", "head.weight"}
-    decays = [muon.param_groups[0]["weight_decay"]]
-    assert decays + [g["weight_decay"] for g in adamw.param_groups if g["params"]] == [0.1, 0.0]
+    assert (hidden["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     trainer.train_epoch(2)
     lr, momentum = trainer.schedule(1)
-    assert [muon.param_groups[0][key] for key in ("lr", "momentum")] == [lr, momentum]
-    groups = {(group["lr"], group["betas"][0]) for group in adamw.param_groups}
-    assert groups == {(0.15 * lr, momentum)}
+    assert (hidden["lr"], hidden["momentum"]) == (lr, momentum)
+    assert (rest["lr"], rest["betas"][0]) == (0.15 * lr, momentum)
