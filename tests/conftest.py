@@ -125,11 +125,6 @@ def make_model(seed=1):
     return build_model(recipe, 10, seed, "cpu").eval()
 
 
-def train_epochs(trainer, count):
-    """Train whole epochs: the (loss, accuracy) of each."""
-    return [trainer.train_epoch(trainer.steps_per_epoch) for _ in range(count)]
-
-
 def only_run(out):
     """The folder of the only run under `out`."""
     (folder,) = (out / "runs").iterdir()

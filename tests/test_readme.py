@@ -26,6 +26,8 @@ def test_every_flag_is_explained_and_every_explained_flag_exists(invoke):
         text = invoke(importlib.import_module(name), ["--help"])[1]
         flags[name] = set(FLAG.findall(text)) - {"--help"}
         assert "(default: None)" not in text
+        source = SOURCES[ROOT / f"{name.replace('.', '/')}.py"]
+        assert source.endswith('\n\nif __name__ == "__main__":\n    run_script(main)\n')
     everything = set().union(*flags.values())
     assert everything ^ set(FLAG.findall(TEXT)) == TORCHRUN | {"--help"}
     commands = re.findall(r"(?:python|torchrun[^\n`]*?) ([\w/]+)\.py([^\n`#|]*)", TEXT)
