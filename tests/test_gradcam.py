@@ -284,7 +284,6 @@ def test_list_layers(ckpt, succeeds):
     ("--layer stem.gelu1 --method attention", "attention explains stem.conv2, stem.gelu2"),
     ("--n 101", "--n 101: shapes has "),
     ("--metrics 101", "--metrics 101: it takes 2 to 100 test images of shapes"),
-    ("--metrics 1", "--metrics 1: "),
     ("--metrics --save-maps x.npy", "--metrics shows no images"),
     ("--image x.png --correct", "--image no test images"),
     ("--class cat", "--class cat: the classes are checkered, crescent"),

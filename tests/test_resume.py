@@ -101,16 +101,10 @@ def test_a_signal_saves_the_step_and_says_how_to_resume(
 
 
 def train_process(args, seconds):
-    """train.py, which SIGKILL ends so many seconds after its training begins, or nothing."""
-    fit = Run.fit
-
-    def fit_and_die(run):
-        kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-        kill.daemon = True
-        kill.start()
-        return fit(run)
-
-    Run.fit = fit_and_die if seconds else fit
+    """train.py, which SIGKILL ends so many seconds after its training begins."""
+    fit, kill = Run.fit, threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    kill.daemon = True
+    Run.fit = lambda run: kill.start() or fit(run)
     sys.argv = ["train.py", *map(str, args)]
     run_script(train.main)
 
@@ -126,7 +120,7 @@ def test_random_sigkills_change_no_bit(tmp_path, succeeds):
     while kills < KILLS or out:
         command = ["--resume", only_run(out)] if out else [*args, "--out", tmp_path / str(kills)]
         out = out or tmp_path / str(kills)
-        seconds = chance.uniform(0, duration / 2) if kills < KILLS else None
+        seconds = chance.uniform(0, duration / 2) if kills < KILLS else 3600
         process = PROCESSES.Process(target=train_process, args=(command, seconds))
         process.start()
         process.join()

@@ -31,14 +31,12 @@ WRONG_COMMANDS = [
     (train, ["nonsense"], "nonsense"),
     (train, ["two\nlines \x1b[31m"], r"two lines \x1b[31m"),
     (train, ["--epoch", 3], "--epoch"),  # flags cannot be abbreviated
-    (train, ["--epochs"], "--epochs"),
     (train, ["--epochs", "ten"], "--epochs: ten is not a whole number of at least 1"),
     (train, ["--data", "shapes", "--batch-size", 301], "301 is more than the 300 images"),
     (train, ["--set", "no_such=1"], "--set no_such=1: no setting 'no_such'"),
     (lr_range, ["--set", "max_lr=0"], "--set max_lr=0: max_lr is float from 1e-30"),
     (train, ["--data", "shapes", "--val-split", 300], "shapes has 300 training images"),
     (train, ["--data", "shapes", "--val-split", 290], "more than the 10 images"),
-    (train, ["--max-lr", "nan"], "--max-lr"),
     (train, ["--max-lr", "inf"], "--max-lr"),
     (train, ["--max-lr", "1e-320"], "--max-lr"),
     (train, ["--seed", -1], "--seed"),
@@ -55,7 +53,6 @@ WRONG_COMMANDS = [
     (train, ["--resume", "empty"], "--resume empty: no last.pt there"),
     (data, ["--data", "shapes", "--out", "/dev/null/x"], "--out /dev/null"),
     (gradcam, ["--ckpt", "missing.pt"], "missing.pt: No such file"),
-    (gradcam, ["--image"], "--image"),
     (evaluate, ["--ckpt", HERE], "is not a checkpoint"),
     (evaluate, ["--ckpt", "empty"], "empty: Is a directory"),
     (evaluate, [], "best.pt: No such file"),
@@ -66,10 +63,8 @@ WRONG_COMMANDS = [
     (lr_range, ["--start-lr", -1], "--start-lr"),
     (lr_range, ["--start-lr", "nan"], "--start-lr"),
     (lr_range, ["--data", "shapes", "--recipe", "original"], "batch_size 512 is more"),
-    (bench, ["--csv"], "--csv"),
     (bench, ["--csv", "/dev/null/x.csv"], "--csv /dev/null"),
     (bench, ["--scaling", "--resources"], "--resources"),
-    (vit, ["--depth", 3], "--depth"),
 ]
 for flags, value, message in ((NUMBERS, 0, "0 is not"), (CHOICES, "other", "invalid choice")):
     for module, names in flags.items():
@@ -77,10 +72,9 @@ for flags, value, message in ((NUMBERS, 0, "0 is not"), (CHOICES, "other", "inva
 NAMES = [f"{module.__name__} {' '.join(map(str, args))[:40]}" for module, args, _ in WRONG_COMMANDS]
 
 
-@pytest.mark.parametrize("module, args, message", WRONG_COMMANDS, ids=NAMES)
-def test_a_wrong_command_is_one_line(
-    module, args, message, tmp_path, small_shapes, monkeypatch, fails
-):
+@pytest.mark.parametrize("command", WRONG_COMMANDS, ids=NAMES)
+def test_a_wrong_command_is_one_line(command, tmp_path, small_shapes, monkeypatch, fails):
+    module, args, message = command
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)

@@ -108,23 +108,15 @@ def test_script_prints_shapes_parameters_and_macs(succeeds):
     assert rows["blocks.0.attention.attend"] == ["0", f"{2 * 4 * 33 * 33 * 16:,}"]  # scores, values
     assert rows["all"] == ["72,170", "3,699,584"] and rows["and"][1] == "74,346"
     assert " 6,500 " in succeeds(vit, ["--classes", 100])
-
-
-def test_summary_leaves_no_hooks():
-    model = ViT(depth=1)
-    summary(model)
+    model = ViT()
+    assert summary(model) + "\n" == table
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name, value", [
-    ("image_size", 33), ("depth", 0), ("dim", 6.5), ("num_classes", True),
-])  # fmt: skip
-def test_invalid_sizes_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} (is )?{value}"):
-        ViT(**{name: value})
-
-
-def test_images_of_another_shape_are_refused():
+def test_invalid_sizes_and_images_are_named():
+    for name, value in (("image_size", 33), ("depth", 0), ("dim", 6.5), ("num_classes", True)):
+        with pytest.raises(ValueError, match=f"{name} (is )?{value}"):
+            ViT(**{name: value})
     with pytest.raises(ValueError, match=r"\(2, 1, 32, 32\).*\(B, 3, 32, 32\)"):
         ViT()(torch.zeros(2, 1, 32, 32))
 
