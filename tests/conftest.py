@@ -21,10 +21,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import cli
 import data
-import trainer as trainer_module
 from runtime import Runtime
 from schedule import RECIPES
-from trainer import Trainer, build_model
+from trainer import Trainer, build_model, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
@@ -32,7 +31,6 @@ RUN_FILES = ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
 # Processes are forked from one that has imported torch, and what optimizers import, once.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])
-NO_AUGMENTATION = dict(crop_padding=0, flip_p=0.0, affine_p=0.0, cutout_p=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -105,8 +103,8 @@ def fails(invoke):
 
 def small_recipe(**changes):
     """Recipe original for `small`, without augmentation."""
-    changes = {"epochs": 2, "batch_size": 128, **NO_AUGMENTATION, **changes}
-    return dataclasses.replace(RECIPES["original"], **changes)
+    plain = dict(epochs=2, batch_size=128, crop_padding=0, flip_p=0.0, affine_p=0.0, cutout_p=0.0)
+    return dataclasses.replace(RECIPES["original"], **{**plain, **changes})
 
 
 def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
@@ -114,10 +112,10 @@ def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
     return Trainer(recipe, dataset, Runtime(device, **runtime), seed)
 
 
-def make_model(seed=1):
+def make_model():
     """A fresh network in which embeddings are small enough not to hide the image."""
     recipe = dataclasses.replace(RECIPES["original"], embed_init_std=0.02)
-    return build_model(recipe, 10, seed, "cpu").eval()
+    return build_model(recipe, 10, 1, "cpu").eval()
 
 
 def only_run(out):
@@ -126,11 +124,10 @@ def only_run(out):
     return folder
 
 
-def save_small_checkpoint(path, dataset, model=None, **config):
-    """A best.pt of `dataset`, of a fresh network if `model` is None."""
-    model = model or make_model()
+def save_small_checkpoint(path, dataset, **config):
+    """A best.pt of `dataset`, of a fresh network."""
     config = {"data": dataset.spec, "recipe": "original", "val_split": None, **config}
-    trainer_module.save_checkpoint(path, model, dataset, config, 1, 10.0)
+    save_checkpoint(path, make_model(), dataset, config, 1, 10.0)
     return path
 
 

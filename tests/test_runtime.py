@@ -17,8 +17,7 @@ from conftest import PROCESSES, ROOT, make_trainer, only_run, write_images
 import data
 import runtime
 import train
-import trainer as trainer_module
-from cli import UsageError, read_csv, sha256
+from cli import read_csv, sha256
 from runtime import Distributed, Runtime, tune_malloc
 from schedule import RECIPES
 from trainer import Trainer, build_model, load_checkpoint, predict
@@ -98,7 +97,7 @@ def test_uneven_shards_sum_to_the_whole_batch(small, count, world_size):
 
 
 def test_ranks_evaluate_disjoint_batches_of_the_test_set(small, monkeypatch):
-    monkeypatch.setattr(trainer_module, "EVAL_BATCH_SIZE", 30)
+    monkeypatch.setattr("trainer.EVAL_BATCH_SIZE", 30)
     trainer = make_trainer(small, RECIPES["default"])
     args = trainer.runtime, trainer.model, trainer.normalize, small.test_images
     alone, parts = predict(*args), []
@@ -184,8 +183,3 @@ def test_without_bf16_glibc_or_triton_runs_work(monkeypatch, capsys):
     assert Runtime("cpu").precision == "fp32" and Runtime("cpu", "bf16").precision == "bf16"
     assert not Runtime("cpu").fused and not Runtime("cpu", kernels="torch").fused
     assert capsys.readouterr().err == ""
-
-
-def test_fp16_needs_kernels_that_scale_the_loss():
-    with pytest.raises(UsageError, match="--precision fp16 needs the Triton kernels"):
-        Runtime("cpu", "fp16")

@@ -10,11 +10,10 @@ import pytest
 import torch
 from conftest import RUN_FILES, only_run
 
-import cli
 import data
 import evaluate
 import train
-from cli import RunError, atomic_write, read_csv, sha256
+from cli import RunError, atomic_write, read_csv, remove_stale_temp_files, sha256
 from schedule import OneCycle
 from trainer import load_checkpoint
 
@@ -136,7 +135,7 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
     (tmp_path / ".a-12345678.txt").touch()
-    cli.remove_stale_temp_files(tmp_path)
+    remove_stale_temp_files(tmp_path)
     assert os.listdir(tmp_path) == ["a.txt"]
 
 

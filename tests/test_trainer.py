@@ -21,8 +21,6 @@ from cli import RunError, UsageError, sha256
 from schedule import RECIPES
 from trainer import build_model, load_checkpoint
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-
 # --- the step ---
 
 
@@ -99,7 +97,7 @@ def test_averaged_weights_are_a_running_mean(small):
 # --- state ---
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 @pytest.mark.parametrize("recipe", ["original", "long"])
 def test_a_state_continues_with_the_same_bits(small_shapes, recipe, device):
     """Taken after each step of the second epoch, put into a trainer of another initialization."""
@@ -124,9 +122,7 @@ def test_a_state_continues_with_the_same_bits(small_shapes, recipe, device):
 # --- not finite ---
 
 
-@pytest.mark.parametrize(
-    "bad_tensor", ["the loss", "the gradient of stem.conv2.bias", "the gradient of head.weight"]
-)
+@pytest.mark.parametrize("bad_tensor", ["the loss", "the gradient of stem.conv2.bias"])
 @pytest.mark.parametrize("every_step", [True, False])
 def test_what_is_not_finite_is_named(small, monkeypatch, bad_tensor, every_step):
     """On a CPU in its step; elsewhere at the end of the epoch, with the same message."""
