@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -20,18 +21,16 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import cli
 import data
-import plots
-import trainer as trainer_module
 from runtime import Runtime
 from schedule import RECIPES
-from trainer import Trainer, build_model
+from trainer import Trainer, build_model, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
-# CIFAR-10 as an image folder; tests that need it skip without it.
-CIFAR_FOLDER = Path(os.environ.get("CIFAR10_FOLDER", ROOT / "data" / "cifar10-folder"))
 RUN_FILES = ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
-NO_AUGMENTATION = dict(crop_padding=0, flip_p=0.0, affine_p=0.0, cutout_p=0.0)
+# Processes are forked from one that has imported torch, and what optimizers import, once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])
 
 
 @pytest.fixture(scope="session")
@@ -47,16 +46,17 @@ def small_shapes(monkeypatch, small):
 
 
 @pytest.fixture
-def tiny_shapes(monkeypatch):
-    """`--data shapes` is 20 training and 10 test images, and figures are text."""
+def text_figures(monkeypatch):
+    """Figures are saved as text, which is faster."""
+    savefig = lambda figure, path, **options: path.write_text("figure")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch, text_figures):
+    """`--data shapes` is 20 training and 10 test images."""
     tiny = data.load_shapes(20, 10)
     monkeypatch.setattr(data, "load_shapes", lambda: tiny)
-
-    def save_figure(figure, path):
-        with cli.atomic_write(path) as temporary:
-            temporary.write_text("figure")
-
-    monkeypatch.setattr(plots, "save_figure", save_figure)
 
 
 @pytest.fixture
@@ -76,16 +76,35 @@ def invoke(monkeypatch, capsys):
     return invoked
 
 
-def to_device(dataset, device):
-    """A copy of a Dataset on another device."""
-    tensors = {k: v.to(device) for k, v in vars(dataset).items() if torch.is_tensor(v)}
-    return dataclasses.replace(dataset, **tensors)
+@pytest.fixture
+def succeeds(invoke):
+    """succeeds(module, args): stdout of a script that exits with status 0 and without a warning."""
+
+    def check(module, args):
+        status, out, err = invoke(module, args)
+        assert (status, err) == (0, "")
+        return out
+
+    return check
+
+
+@pytest.fixture
+def fails(invoke):
+    """fails(module, args, status=2): the line on stderr of a script that exits with status."""
+
+    def check(module, args, status=2):
+        actual, _, err = invoke(module, args)
+        assert (actual, err.count("\n")) == (status, 1), err
+        assert err.startswith(f"{module.__name__}.py: error: ")
+        return err
+
+    return check
 
 
 def small_recipe(**changes):
     """Recipe original for `small`, without augmentation."""
-    changes = {"epochs": 2, "batch_size": 128, **NO_AUGMENTATION, **changes}
-    return dataclasses.replace(RECIPES["original"], **changes)
+    plain = dict(epochs=2, batch_size=128, crop_padding=0, flip_p=0.0, affine_p=0.0, cutout_p=0.0)
+    return dataclasses.replace(RECIPES["original"], **{**plain, **changes})
 
 
 def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
@@ -93,15 +112,10 @@ def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
     return Trainer(recipe, dataset, Runtime(device, **runtime), seed)
 
 
-def make_model(seed=1):
-    """Small embeddings, or they would hide the image in a network without training."""
+def make_model():
+    """A fresh network in which embeddings are small enough not to hide the image."""
     recipe = dataclasses.replace(RECIPES["original"], embed_init_std=0.02)
-    return build_model(recipe, 10, seed, "cpu").eval()
-
-
-def train_epochs(trainer, count):
-    """Train whole epochs: the (loss, accuracy) of each."""
-    return [trainer.train_epoch(trainer.steps_per_epoch) for _ in range(count)]
+    return build_model(recipe, 10, 1, "cpu").eval()
 
 
 def only_run(out):
@@ -110,11 +124,10 @@ def only_run(out):
     return folder
 
 
-def save_small_checkpoint(path, dataset, model=None, **config):
-    """A best.pt of `dataset`, of a fresh network if `model` is None."""
-    model = model or make_model()
+def save_small_checkpoint(path, dataset, **config):
+    """A best.pt of `dataset`, of a fresh network."""
     config = {"data": dataset.spec, "recipe": "original", "val_split": None, **config}
-    trainer_module.save_checkpoint(path, model, dataset, config, 1, 10.0)
+    save_checkpoint(path, make_model(), dataset, config, 1, 10.0)
     return path
 
 
@@ -132,14 +145,12 @@ def write_images(root, num_train, num_test):
 
 def tampered(ckpt, *path, value=None):
     """A copy with the value at `path` replaced, or deleted, and a sha256 that fits."""
-    ckpt = copy.deepcopy({k: v for k, v in ckpt.items() if k != "sha256"})
-    inner = ckpt
+    inner = ckpt = copy.deepcopy({k: v for k, v in ckpt.items() if k != "sha256"})
     for name in path[:-1]:
         inner = inner[name]
+    inner[path[-1]] = value
     if value is None:
         del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
     return {**ckpt, "sha256": cli.sha256(ckpt)}
 
 

@@ -1,6 +1,7 @@
 """The plan of an epoch, and every batched operation against one image and one pixel at a time."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import augment
-from augment import EpochPlan, Normalize, affine, crop, cutout, epoch_plan, flip
+from augment import Normalize, affine, crop, cutout, epoch_plan, flip
 from schedule import RECIPES, Recipe
 
 NORMALIZE = Normalize((0.5, 0.4, 0.3), (0.25, 0.2, 0.3), "cpu")
@@ -21,25 +22,16 @@ def images():
     return torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=generator)
 
 
-def augmented(images, recipe, seed=0, epoch=0):
-    """The images, each with the parameters of its own row, in their own order."""
-    plan = epoch_plan(recipe, len(images), 32, seed, epoch, "cpu")
-    return augment.augment(images, plan.at(plan.indices.argsort()), recipe, NORMALIZE)
-
-
 # --- the plan ---
 
 
 def test_a_plan_is_a_pure_function_of_seed_and_epoch():
-    args = RECIPES["original"], 50, 32
-
-    def equal(a, b):
-        return all(torch.equal(x, y) for x, y in zip(a, b))
-
-    plan = epoch_plan(*args, 1, 3, "cpu")
-    assert equal(plan, epoch_plan(*args, 1, 3, "cpu"))
+    plan, again, *others = (
+        epoch_plan(RECIPES["original"], 50, 32, seed, epoch, "cpu")
+        for seed, epoch in ((1, 3), (1, 3), (1, 4), (2, 3), (3, 1))
+    )
+    assert all(map(torch.equal, plan, again))
     assert sorted(plan.indices.tolist()) == list(range(50))
-    others = [epoch_plan(*args, seed, epoch, "cpu") for seed, epoch in ((1, 4), (2, 3), (3, 1))]
     assert not any(torch.equal(plan.indices, other.indices) for other in others)
     assert not any(torch.equal(plan.angle, other.angle) for other in others)
 
@@ -53,12 +45,6 @@ def test_rows_of_a_batch_go_with_their_images():
         rows = plan.at(slice(start, stop))
         part = augment.augment(images[rows.indices], rows, recipe, NORMALIZE)
         assert torch.equal(part, whole[start:stop])
-
-
-def test_parts_that_a_recipe_does_not_use_are_not_drawn():
-    plan = epoch_plan(NONE, 6, 32, 0, 0, "cpu")
-    assert [name for name, column in plan._asdict().items() if column is not None] == ["indices"]
-    assert isinstance(plan, EpochPlan)
 
 
 def test_original_augmentation_has_its_probabilities_and_ranges():
@@ -81,15 +67,12 @@ def test_original_augmentation_has_its_probabilities_and_ranges():
 
 def test_crops_reach_half_as_far_at_the_end():
     """From the ninth of ten epochs on, without a bias to one side."""
-    recipe = Recipe(epochs=10, crop_padding=4, crop_decay_frac=0.2)
-    reach = []
-    for epoch in range(10):
-        offsets = epoch_plan(recipe, 1000, 32, 0, epoch, "cpu").offsets
-        assert offsets.dtype == torch.int64 and abs(offsets.float().mean()) < 0.2
-        reach.append((offsets.min().item(), offsets.max().item()))
-    assert reach == [(-4, 4)] * 8 + [(-2, 2)] * 2
-    always = dataclasses.replace(recipe, crop_decay_frac=0.0)
-    assert epoch_plan(always, 1000, 32, 0, 9, "cpu").offsets.max() == 4
+    for decay, reach in ((0.2, [4] * 8 + [2] * 2), (0.0, [4] * 10)):
+        recipe = Recipe(epochs=10, crop_padding=4, crop_decay_frac=decay)
+        for epoch in range(10):
+            offsets = epoch_plan(recipe, 1000, 32, 0, epoch, "cpu").offsets
+            assert (-offsets.min(), offsets.max()) == (reach[epoch], reach[epoch])
+            assert offsets.dtype == torch.int64 and abs(offsets.float().mean()) < 0.2
 
 
 # --- the operations ---
@@ -99,9 +82,9 @@ def test_crops_reach_half_as_far_at_the_end():
 def test_crop_is_padding_and_a_window(images, padding_mode, mode):
     offsets = torch.tensor([[-4, -4], [4, 4], [0, 0], [-1, 3], [4, -2], [2, 0]])
     results = crop(images, offsets, padding_mode)
-    for image, (down, right), result in zip(images, offsets.tolist(), results):
-        padded = F.pad(image[None].float(), (4, 4, 4, 4), mode=mode)[0]
-        expected = padded[:, 4 + down : 36 + down, 4 + right : 36 + right]
+    padded = F.pad(images.float(), (4, 4, 4, 4), mode=mode)
+    for image, (down, right), result in zip(padded, offsets.tolist(), results):
+        expected = image[:, 4 + down : 36 + down, 4 + right : 36 + right]
         assert torch.equal(result.float(), expected)
 
 
@@ -115,18 +98,14 @@ def affine_one(image, translate, scale, angle):
     """Every output pixel's source, found by solving for it; bilinear; indices wrap."""
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     forward = torch.tensor([[cos, sin], [-sin, cos]], dtype=torch.float64)
-    result = torch.empty(image.shape, dtype=torch.float64)
-    for y in range(32):
-        for x in range(32):
-            target = [y - 15.5 - translate[0], x - 15.5 - translate[1]]
-            target = torch.tensor(target, dtype=torch.float64)
-            v, u = (torch.linalg.solve(forward, target) + 15.5).tolist()
-            total = torch.zeros(3, dtype=torch.float64)
-            top, left = math.floor(v), math.floor(u)
-            for row, a in ((top, 1 - v + top), (top + 1, v - top)):
-                for column, b in ((left, 1 - u + left), (left + 1, u - left)):
-                    total += a * b * image[:, row % 32, column % 32].double()
-            result[:, y, x] = total
+    result = torch.zeros(image.shape, dtype=torch.float64)
+    for y, x in itertools.product(range(32), range(32)):
+        target = torch.tensor([y - 15.5 - translate[0], x - 15.5 - translate[1]]).double()
+        v, u = (torch.linalg.solve(forward, target) + 15.5).tolist()
+        top, left = math.floor(v), math.floor(u)
+        for row, a in ((top, 1 - v + top), (top + 1, v - top)):
+            for column, b in ((left, 1 - u + left), (left + 1, u - left)):
+                result[:, y, x] += a * b * image[:, row % 32, column % 32]
     return result
 
 
@@ -139,14 +118,11 @@ def test_affine_is_the_image_sampled_pixel_by_pixel(images):
         # float32 places a pixel to within 1e-5 of its width; neighbors differ by at most 255.
         expected = affine_one(image, *parameters)
         assert torch.allclose(result.double(), expected, rtol=0, atol=0.01)
+    unchanged = affine(images, torch.zeros(6, 2), torch.ones(6), torch.zeros(6))
+    assert torch.equal(unchanged, images.float())
 
 
-def test_affine_by_nothing_changes_no_bit(images):
-    result = affine(images, torch.zeros(6, 2), torch.ones(6), torch.zeros(6))
-    assert torch.equal(result, images.float())
-
-
-def test_operations_agree_with_torchvision(images):
+def test_affine_agrees_with_torchvision(images):
     """Away from the border, which wraps here."""
     try:
         from torchvision.transforms import functional
@@ -154,16 +130,11 @@ def test_operations_agree_with_torchvision(images):
         pytest.skip(f"torchvision does not import: {error}")
     angle = torch.tensor([math.radians(12)])
     result = affine(images[:1], torch.tensor([[2.0, -1.0]]), torch.tensor([1.1]), angle)
-    expected = functional.affine(
-        images[:1].float(), angle=12, translate=[-1, 2], scale=1.1, shear=[0.0],
-        interpolation=functional.InterpolationMode.BILINEAR,
-    )  # fmt: skip
-    inner = (..., slice(10, 22), slice(10, 22))
-    assert torch.allclose(result[inner], expected[inner], rtol=0, atol=0.05)
-    assert torch.equal(flip(images, torch.ones(6, dtype=torch.bool)), functional.hflip(images))
-    padded = functional.pad(images, [4, 4, 4, 4], padding_mode="reflect")
-    offsets = torch.full((6, 2), 3)
-    assert torch.equal(crop(images, offsets, "reflect"), functional.crop(padded, 7, 7, 32, 32))
+    args = {"angle": 12, "translate": [-1, 2], "scale": 1.1, "shear": [0.0]}
+    bilinear = functional.InterpolationMode.BILINEAR
+    expected = functional.affine(images[:1].float(), **args, interpolation=bilinear)
+    result, expected = (x[:, :, 10:22, 10:22] for x in (result, expected))
+    assert torch.allclose(result, expected, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("size", [1, 8, 32])
@@ -180,7 +151,9 @@ def test_cutout_zeros_one_square_of_the_images_of_its_mask(images, size):
 
 
 def test_without_augmentation_images_are_normalized(images):
-    result = augmented(images, NONE)
+    plan = epoch_plan(NONE, 6, 32, 0, 0, "cpu")
+    assert [name for name, column in plan._asdict().items() if column is not None] == ["indices"]
+    result = augment.augment(images, plan, NONE, NORMALIZE)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.25, 0.2, 0.3)))
     assert torch.allclose(result.double(), (images.double() / 255 - mean) / std, rtol=0, atol=1e-5)
     assert torch.equal(NORMALIZE.invert(result), images)

@@ -27,6 +27,8 @@ def test_every_flag_is_explained_and_every_explained_flag_exists(invoke):
         text = invoke(importlib.import_module(name), ["--help"])[1]
         flags[name] = set(FLAG.findall(text)) - {"--help"}
         assert "(default: None)" not in text
+        source = SOURCES[ROOT / f"{name.replace('.', '/')}.py"]
+        assert source.endswith('\n\nif __name__ == "__main__":\n    run_script(main)\n')
     everything = set().union(*flags.values())
     assert everything ^ set(FLAG.findall(TEXT)) == TORCHRUN | {"--help"}
     commands = re.findall(r"(?:python|torchrun[^\n`]*?) ([\w/]+)\.py([^\n`#|]*)", TEXT)
@@ -80,20 +82,14 @@ def test_sizes_are_within_the_limits():
 
 
 def test_imports_go_one_way_and_none_is_of_a_script():
-    modules = {}
-    for path, text in SOURCES.items():
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if path.parent.name != "tests":
-            modules[name] = text
-    graph = {}
-    for module, text in modules.items():
-        imported = set()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
-                imported |= inner or {node.module}
-        graph[module] = imported & modules.keys()
-        assert not graph[module] & set(SCRIPTS), module
+    paths = {path: path.relative_to(ROOT) for path in SOURCES if path.parent.name != "tests"}
+    names = {path: str(name)[:-3].replace("/", ".") for path, name in paths.items()}
+    graph = {name: set() for name in names.values()}
+    for path, name in names.items():
+        for node in ast.walk(ast.parse(SOURCES[path])):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", None)
+                inner = [f"{module}.{x.name}" if module else x.name for x in node.names]
+                graph[name] |= {x for x in [module, *inner] if x in graph}
+        assert not graph[name] & set(SCRIPTS), name
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError

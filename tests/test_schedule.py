@@ -21,10 +21,10 @@ def test_original_recipe_has_the_logged_lrs():
     assert lrs == pytest.approx([float(row["lr_at_epoch_start"]) for row in log], rel=0, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "total_steps, pct_start",
-    [(2352, 5 / 24), (100, 0.3), (10, 0.05), (7, 0.0), (7, 1.0), (3, 0.4), (1, 0.3)],
-)
+SPANS = [(2352, 5 / 24), (100, 0.3), (10, 0.05), (7, 0.0), (7, 1.0), (3, 0.4), (1, 0.3)]
+
+
+@pytest.mark.parametrize("total_steps, pct_start", SPANS)
 def test_onecycle_equals_pytorch_at_every_step(total_steps, pct_start):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], betas=(0.9, 0.999))
     reference = torch.optim.lr_scheduler.OneCycleLR(
@@ -41,19 +41,15 @@ def test_onecycle_equals_pytorch_at_every_step(total_steps, pct_start):
             reference.step()
 
 
-@pytest.mark.parametrize("step", [-1, 10])
-def test_a_step_outside_the_run_is_refused(step):
-    with pytest.raises(ValueError, match=r"outside \[0, 10\)"):
-        OneCycle(0.1, 10, 0.3, 10, 10)(step)
-
-
-@pytest.mark.parametrize(
-    "invalid", [{"total_steps": 0}, {"total_steps": 2.5}, {"pct_start": 1.5}, {"div_factor": 0}]
-)
-def test_invalid_arguments_are_refused(invalid):
+def test_invalid_arguments_and_steps_are_refused():
     valid = dict(max_lr=0.1, total_steps=10, pct_start=0.3, div_factor=10, final_div_factor=10)
-    with pytest.raises(ValueError, match=next(iter(invalid))):
-        OneCycle(**{**valid, **invalid})
+    invalid = ("total_steps", 0), ("total_steps", 2.5), ("pct_start", 1.5), ("div_factor", 0)
+    for name, value in invalid:
+        with pytest.raises(ValueError, match=name):
+            OneCycle(**{**valid, name: value})
+    for step in (-1, 10):
+        with pytest.raises(ValueError, match=r"outside \[0, 10\)"):
+            OneCycle(**valid)(step)
 
 
 # --- recipes ---
@@ -62,11 +58,11 @@ def test_invalid_arguments_are_refused(invalid):
 def test_original_recipe_is_to_the_letter():
     assert RECIPES["original"] == Recipe(
         epochs=24, batch_size=512, max_lr=0.03, pct_start=5 / 24, div_factor=10.0,
-        final_div_factor=10.0,
-        base_momentum=0.85, max_momentum=0.95, optimizer="adamw", beta2=0.999, eps=1e-8,
-        weight_decay=0.0, l1=2.5e-5, embed_init_std=1.0, avg_pool_init=False, weight_avg_frac=0.0,
-        crop_padding=4, padding_mode="wrap", crop_decay_frac=0.0, flip_p=0.45, affine_p=0.5,
-        translate=0.07, scale=0.2, degrees=15.0, cutout_p=0.65, cutout_size=8,
+        final_div_factor=10.0, base_momentum=0.85, max_momentum=0.95, optimizer="adamw",
+        beta2=0.999, eps=1e-8, weight_decay=0.0, l1=2.5e-5, embed_init_std=1.0,
+        avg_pool_init=False, weight_avg_frac=0.0, crop_padding=4, padding_mode="wrap",
+        crop_decay_frac=0.0, flip_p=0.45, affine_p=0.5, translate=0.07, scale=0.2, degrees=15.0,
+        cutout_p=0.65, cutout_size=8,
     )  # fmt: skip
 
 
@@ -77,37 +73,34 @@ def test_every_field_can_be_overridden(name):
     assert with_overrides(RECIPES["default"], assignments) == RECIPES[name]
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("no_such=1", "no setting 'no_such'"),
-        ("batchsize=64", "is it batch_size?"),
-        ("crop_padding", "expected NAME=VALUE"),
-        ("crop_padding=", "crop_padding is int from 0 to 31"),
-        ("crop_padding=2.5", "crop_padding is int"),
-        ("crop_padding=32", "crop_padding is int"),
-        ("epochs=True", "epochs is int"),
-        ("weight_decay=-1", "weight_decay is float from 0"),
-        ("weight_decay=inf", "weight_decay is float"),
-        ("max_lr=nan", "max_lr is float from 1e-30"),
-        ("max_lr=1e-320", "max_lr is float"),
-        ("max_lr=" + "9" * 400, "max_lr is float"),
-        ("beta2=1", "beta2 is float from 0 to 0.9999"),
-        ("avg_pool_init=1", "avg_pool_init is one of True, False"),
-        ("optimizer=sgd", "optimizer is one of adamw, muon"),
-        ("max_lr=__import__('os')", "max_lr is float"),
-        ("affine_p=0.5", "affine_p has no effect"),
-        ("cutout_p=0.5", "cutout_p has no effect"),
-    ],
-)
-def test_an_invalid_override_is_named(text, message):
-    with pytest.raises(UsageError, match="--set .*" + message.replace("?", r"\?")):
-        with_overrides(RECIPES["default"], [text])
+INVALID = {  # message: overrides of recipe default
+    "no setting 'no_such'": ["no_such=1"],
+    r"is it batch_size\?": ["batchsize=64"],
+    "expected NAME=VALUE": ["crop_padding"],
+    "crop_padding is int from 0 to 31": ["crop_padding=", "crop_padding=2.5", "crop_padding=32"],
+    "epochs is int": ["epochs=True"],
+    "weight_decay is float from 0": ["weight_decay=-1", "weight_decay=inf"],
+    "max_lr is float from 1e-30": ["max_lr=nan", "max_lr=1e-320", "max_lr=" + "9" * 400],
+    "max_lr is float": ["max_lr=__import__('os')"],
+    "beta2 is float from 0 to 0.9999": ["beta2=1"],
+    "avg_pool_init is one of True, False": ["avg_pool_init=1"],
+    "optimizer is one of adamw, muon": ["optimizer=sgd"],
+    "affine_p has no effect": ["affine_p=0.5"],
+    "cutout_p has no effect": ["cutout_p=0.5"],
+}
+
+
+def test_an_invalid_override_is_named():
+    for message, texts in INVALID.items():
+        for text in texts:
+            with pytest.raises(UsageError, match="--set .*" + message):
+                with_overrides(RECIPES["default"], [text])
 
 
 # --- Muon ---
 
 SHAPES = [(64, 64), (192, 64), (64, 256), (32, 27), (32, 128)]  # of the network
+ZERO = torch.zeros(4, 6)
 SPECTRA = {
     "even": lambda n: torch.linspace(1, 0.1, n),
     "steep": lambda n: torch.logspace(0, -2, n),
@@ -124,26 +117,21 @@ def polynomial(values):
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_orthogonalize_maps_singular_values_and_keeps_vectors(spectrum):
     generator, factors = torch.Generator().manual_seed(0), []
-    for rows, columns in SHAPES:
-        s = SPECTRA[spectrum](min(rows, columns)).double()
-        u, v = (
-            torch.linalg.qr(torch.randn(n, len(s), dtype=torch.float64, generator=generator))[0]
-            for n in (rows, columns)
-        )
+    for shape in SHAPES:
+        s = SPECTRA[spectrum](min(shape)).double()
+        random = (torch.randn(n, len(s), generator=generator, dtype=s.dtype) for n in shape)
+        u, v = (torch.linalg.qr(matrix)[0] for matrix in random)
         factors.append((u, s, v))
-    results = orthogonalize([(u * s @ v.T).float() for u, s, v in factors])
+    *results, zero = orthogonalize([*((u * s @ v.T).float() for u, s, v in factors), ZERO])
     for (u, s, v), result in zip(factors, results):
         found = u.T @ result.double() @ v
         assert torch.allclose(found, polynomial(s / s.norm()).diag(), rtol=0, atol=1e-3)
+    assert torch.equal(zero, ZERO)
 
 
 def test_singular_values_above_a_thousandth_end_near_1():
     values = polynomial(torch.logspace(-3, 0, 100_000, dtype=torch.float64))
     assert values.min() > 0.876 and values.max() < 1.124
-
-
-def test_a_zero_gradient_moves_nothing():
-    assert torch.equal(orthogonalize([torch.zeros(4, 6)])[0], torch.zeros(4, 6))
 
 
 def muon_step(params, grads, num_chunks, weight_decay=0.1, lr=0.1, momentum=0.9):
@@ -195,18 +183,17 @@ def test_convolutions_and_stacked_matrices_move_as_their_matrices():
 def test_muon_has_the_hidden_weights_and_adamw_the_rest(small):
     changes = dict(optimizer="muon", adamw_lr_scale=0.15, weight_decay=0.1, l1=0.0, batch_size=100)
     trainer = make_trainer(small, small_recipe(**changes))
-    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    names = {p: name for name, p in trainer.model.named_parameters()}
     muon, adamw = trainer.optimizers
-    hidden = {names[id(p)]: n for p, n in zip(muon.param_groups[0]["params"], muon.num_chunks)}
-    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert hidden.keys() | rest == set(names.values()) and not hidden.keys() & rest
-    assert hidden == {name: 3 if name.endswith("qkv.weight") else 1 for name in hidden}
-    matrices = {name for name in rest if trainer.model.get_parameter(name).dim() > 1}
+    (hidden,), (_, rest) = muon.param_groups, adamw.param_groups
+    num_chunks = dict(zip((names[p] for p in hidden["params"]), muon.num_chunks))
+    assert num_chunks == {name: 3 if name.endswith("qkv.weight") else 1 for name in num_chunks}
+    others = {names[p] for p in rest["params"]}
+    assert num_chunks.keys() ^ others == set(names.values())
+    matrices = {name for name in others if trainer.model.get_parameter(name).dim() > 1}
     assert matrices == {"cls_token", "pos_embedding", "head.weight"}
-    decays = [muon.param_groups[0]["weight_decay"]]
-    assert decays + [g["weight_decay"] for g in adamw.param_groups if g["params"]] == [0.1, 0.0]
+    assert (hidden["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     trainer.train_epoch(2)
     lr, momentum = trainer.schedule(1)
-    assert [muon.param_groups[0][key] for key in ("lr", "momentum")] == [lr, momentum]
-    groups = {(group["lr"], group["betas"][0]) for group in adamw.param_groups}
-    assert groups == {(0.15 * lr, momentum)}
+    assert (hidden["lr"], hidden["momentum"]) == (lr, momentum)
+    assert (rest["lr"], rest["betas"][0]) == (0.15 * lr, momentum)

@@ -33,8 +33,8 @@ def batch(count, seed, prefix=b""):
 def small_files(name="cifar10"):
     """The files of an archive, of 20 images each: name -> content."""
     prefix, (*batches, meta) = b"fine_" * (name == "cifar100"), sources.ARCHIVES[name][3]
-    files = {file: batch(20, seed, prefix) for seed, file in enumerate(batches)}
-    return files | {meta: {prefix + b"label_names": [b"%d" % i for i in range(100)]}}
+    names = {prefix + b"label_names": [b"%d" % i for i in range(100)]}
+    return {file: batch(20, seed, prefix) for seed, file in enumerate(batches)} | {meta: names}
 
 
 def python2_pickle(content):
@@ -193,12 +193,11 @@ def test_a_folder_is_decoded_again_when_it_changes(folder, tmp_path, monkeypatch
 
 
 def test_another_layout_is_a_usage_error(folder, tmp_path):
-    changes = {  # message: how to get there from the folder as left by the line above
-        "images has no folder train/owl/ with images": lambda: (folder / "train/owl").mkdir(),
-        "class 'owl' is not in both": lambda: (folder / "train/owl/x").touch(),
-        "images has no folder test/<class>/ with": lambda: (folder / "test").rename(folder / "y"),
-    }
-    for message, change in changes.items():
+    for message, change in (  # each change is made to what the last one left
+        ("images has no folder train/owl/ with images", (folder / "train/owl").mkdir),
+        ("class 'owl' is not in both", (folder / "train/owl/x").touch),
+        ("images has no folder test/<class>/ with", lambda: (folder / "test").rename(folder / "y")),
+    ):
         change()
         with pytest.raises(UsageError, match=message):
             sources.load_image_folder(folder, tmp_path / "data")
@@ -229,9 +228,7 @@ READABLE = {  # content, the colors of its first and its last pixel
     "translucent": (filled("RGBA", (255, 0, 0, 51), "PNG"), (255, 204, 204), (255, 204, 204)),
     "clear palette": (filled("P", 0, "GIF", transparency=0), 255, 255),
     "rotated JPEG": (encoded(HALVES, "JPEG", quality=100, exif=EXIF), 0, 255),
-    "rotated PNG": (encoded(HALVES, "PNG", exif=EXIF), 0, 255),
     "rotated TIFF": (encoded(HALVES, "TIFF", exif=EXIF), 0, 255),
-    "damaged EXIF": (filled("L", 5, "PNG", exif=b"Exif\0\0no exif"), 5, 5),
     "truncated EXIF": (filled("L", 5, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\0"), 5, 5),
     "large": (encoded(Image.new("L", (8192, 8192), 77), "PNG", compress_level=1), 77, 77),
 }
@@ -281,11 +278,3 @@ def test_shapes_follow_from_the_seed():
     assert area.min() > 0.02 and area.max() < 0.7
     inside, outside = ((images * m).sum((2, 3)) / m.sum((2, 3)) for m in (masks, ~masks))
     assert ((inside - outside).abs().amax(1) > 25).double().mean() > 0.95
-
-
-def test_a_linear_classifier_cannot_tell_shapes():
-    images, labels, _ = sources.generate_shapes(12_000, seed=0)
-    x = (images / 255 - 0.5).view(-1, 3, 16, 2, 16, 2).mean((3, 5)).flatten(1)  # (N, 768)
-    gram, targets = x[:10_000].T @ x[:10_000], x[:10_000].T @ torch.eye(10)[labels[:10_000]]
-    predictions = (x[10_000:] @ torch.linalg.solve(gram, targets)).argmax(1)
-    assert (predictions == labels[10_000:]).double().mean() < 0.15
