@@ -1,8 +1,7 @@
 """Each Triton kernel against PyTorch and float64.
 
 On a GPU where there is one, else in Triton's interpreter. The rule is that of flash-attention's
-tests: an error is at most twice (gradients: three times) the one that PyTorch makes in the same
-dtype, `own`.
+tests: an error is at most twice (gradients: three times) PyTorch's in the same dtype, `own`.
 """
 
 import copy
@@ -18,7 +17,7 @@ import triton.language as tl
 
 import data
 from cli import UsageError
-from conftest import DEVICE, make_trainer, to_device
+from conftest import DEVICE, make_trainer
 from kernels import functions, verify
 from kernels.attention import FusedAttention
 from kernels.verify import relative_error
@@ -44,7 +43,8 @@ def fused_step(recipe, dtype, num_images=3, **overrides):
     recipe = dataclasses.replace(RECIPES[recipe], **{"batch_size": 2, "l1": 1e-4, **overrides})
     dataset, generator = data.load_shapes(num_images, 10), torch.Generator().manual_seed(0)
     noise = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    dataset = to_device(dataclasses.replace(dataset, train_images=noise), DEVICE)
+    tensors = {"train_images": noise.to(DEVICE), "train_labels": dataset.train_labels.to(DEVICE)}
+    dataset = dataclasses.replace(dataset, **tensors)
     runtime = {"device": DEVICE.type, "precision": functions.DTYPES[dtype], "kernels": "triton"}
     return make_trainer(dataset, recipe, **runtime).fused_step
 
