@@ -85,15 +85,16 @@ def load(spec, data_dir, device="cpu"):
             spec = "shapes"
     if spec == "shapes":
         dataset = load_shapes()
-    elif spec in sources.ARCHIVES or os.path.isdir(spec):
-        is_archive = spec in sources.ARCHIVES
-        read = sources.load_cifar if is_archive else sources.load_image_folder
-        *tensors, class_names = read(spec if is_archive else Path(spec), Path(data_dir))
+    elif spec in sources.ARCHIVES:
+        *tensors, class_names = sources.load_cifar(spec, Path(data_dir))
         cifar10 = CIFAR10_MEAN, CIFAR10_STD
         mean, std = cifar10 if spec == "cifar10" else channel_mean_std(tensors[0])
-        path = Path(spec).resolve()
-        name, spec = (spec, spec) if is_archive else (path.name, str(path))
-        dataset = Dataset(name, spec, *tensors, class_names, mean, std)
+        dataset = Dataset(spec, spec, *tensors, class_names, mean, std)
+    elif os.path.isdir(spec):
+        folder = Path(spec).resolve()
+        *tensors, class_names = sources.load_image_folder(folder, Path(data_dir))
+        mean, std = channel_mean_std(tensors[0])
+        dataset = Dataset(folder.name, str(folder), *tensors, class_names, mean, std)
     else:
         choices = ", ".join(("auto", *sources.ARCHIVES, "shapes"))
         raise UsageError(f"--data {spec}: not a folder that exists, nor one of {choices}")

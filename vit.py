@@ -210,35 +210,27 @@ def build_model(recipe, num_classes, seed, device):
 def summary(model):
     """Layer table of `model` as text: output shape, parameters, multiply-accumulates of an image.
 
-    Measured by hooks. A layer called twice (qkv of the last block: q of the CLS token, then k, v)
-    has two rows, its parameters in the first.
+    A layer that is called twice (qkv of the last block: q of the CLS token, then k, v) has the
+    shape of the second output and the MACs of both.
     """
-    rows, counter = [], FlopCounterMode(display=False)
-
-    def add_row(name):
-        def hook(module, args, output):
-            seen = [row for row in rows if row[0] == name]
-            size = 0 if seen else sum(p.numel() for p in module.parameters())
-            flops = sum(counter.get_flop_counts().get(f"ViT.{name}", {}).values())
-            macs = flops // 2 - sum(row[4] for row in seen)
-            rows.append((name, type(module).__name__, tuple(output.shape[1:]), size, macs))
-
-        return hook
-
-    leaves = [(name, m) for name, m in model.named_modules() if not list(m.children())]
-    handles = [module.register_forward_hook(add_row(name)) for name, module in leaves]
+    shapes, counter = {}, FlopCounterMode(display=False)
+    leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
+    save = lambda module, args, output: shapes.update({module: output.shape[1:]})
+    handles = [module.register_forward_hook(save) for module in leaves.values()]
     c, S = model.config["in_channels"], model.config["image_size"]
     with torch.no_grad(), counter:
         model(torch.zeros(1, c, S, S, device=model.cls_token.device))
     for handle in handles:
         handle.remove()
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    flops = lambda name: sum(counter.get_flop_counts().get(f"ViT{name}", {}).values())
     lines = [("name", "layer", "output", "parameters", "MACs")]
-    for name, layer, shape, size, macs in rows:
-        lines.append((name, layer, ", ".join(map(str, shape)), f"{size:,}", f"{macs:,}"))
-    size, macs = (sum(row[i] for row in rows) for i in (3, 4))
-    total = sum(p.numel() for p in model.parameters())
-    lines.append(("all layers", "", "", f"{size:,}", f"{macs:,}"))
-    lines.append(("and the embeddings", "", "", f"{total:,}", ""))
+    for name, m in leaves.items():
+        size, macs = f"{count(m):,}", f"{flops(f'.{name}') // 2:,}"
+        lines.append((name, type(m).__name__, ", ".join(map(str, shapes[m])), size, macs))
+    size = sum(map(count, leaves.values()))
+    lines.append(("all layers", "", "", f"{size:,}", f"{flops('') // 2:,}"))
+    lines.append(("and the embeddings", "", "", f"{count(model):,}", ""))
     return "\n".join("{:<25} {:<25} {:>10} {:>10} {:>9}".format(*line) for line in lines)
 
 
