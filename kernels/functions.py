@@ -47,9 +47,9 @@ class Target(NamedTuple):
 
     def num_warps(self, uses_tensor_cores):
         """Of a program. 8 spill least, but for wgmma, which Triton's bug 11047 (a barrier is
-        missing between warp groups) makes unsafe with more than 4, and for sm_100 and AMD.
+        missing between warp groups) makes unsafe with more than 4, and for sm_100 and gfx942.
         """
-        return 4 if uses_tensor_cores and self.arch not in (75, 80, 86, 89, 120) else 8
+        return 4 if uses_tensor_cores and self.arch in (90, 100, "gfx942") else 8
 
     def options(self, kernel):
         """Constants of a launch that depend on dtype and GPU: what spills least of those tried."""
