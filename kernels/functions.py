@@ -47,9 +47,10 @@ class Target(NamedTuple):
 
     def num_warps(self, uses_tensor_cores):
         """Of a program. 8 spill least, but for wgmma, which Triton's bug 11047 (a barrier is
-        missing between warp groups) makes unsafe with more than 4, and for sm_100 and gfx942.
+        missing between warp groups) makes unsafe with more than 4, and for sm_10x and gfx9.
         """
-        return 4 if uses_tensor_cores and self.arch in (90, 100, "gfx942") else 8
+        few = str(self.arch).startswith(("9", "10", "gfx9"))
+        return 4 if uses_tensor_cores and few else 8
 
     def options(self, kernel):
         """Constants of a launch that depend on dtype and GPU: what spills least of those tried."""
