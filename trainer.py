@@ -33,6 +33,8 @@ class Trainer:
         count, device = len(dataset.train_images), runtime.device
         if recipe.batch_size > count:
             raise UsageError(f"batch_size {recipe.batch_size} is more than the {count:,} images")
+        if runtime.fused and recipe.optimizer == "sgd":
+            raise UsageError("optimizer sgd has no Triton kernel; --kernels torch runs it")
         self.model = build_model(recipe, dataset.num_classes, seed, device)
         runtime.dist.broadcast_parameters(self.model.parameters())
         self.averaged_model = copy.deepcopy(self.model) if recipe.weight_avg_frac else self.model
@@ -94,8 +96,7 @@ class Trainer:
             self.finite_counts += torch.stack([stats[0], *torch._foreach_norm(grads)]).isfinite()
             if recipe.l1:  # the gradient of the L1 norm is the sign
                 torch._foreach_add_(grads, torch._foreach_sign(params), alpha=recipe.l1)
-            args = self.lrs[i], self.momenta[i], recipe.adamw_lr_scale
-            set_lr_momentum(self.optimizers, *args)
+            set_lr_momentum(self.optimizers, self.lrs[i], self.momenta[i], recipe.adamw_lr_scale)
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.averaged_model is not self.model:

@@ -10,6 +10,7 @@ from conftest import ROOT, make_trainer, small_recipe
 from cli import UsageError, read_csv
 from schedule import COEFFICIENTS, RECIPES, Muon, OneCycle, Recipe, lr_scale, orthogonalize
 from schedule import set_lr_momentum, with_overrides
+from trainer import Trainer
 
 # --- OneCycle ---
 
@@ -94,7 +95,7 @@ def test_every_field_can_be_overridden(name):
         ("max_lr=" + "9" * 400, "max_lr is float"),
         ("beta2=1", "beta2 is float from 0 to 0.9999"),
         ("avg_pool_init=1", "avg_pool_init is one of True, False"),
-        ("optimizer=sgd", "optimizer is one of adamw, muon"),
+        ("optimizer=adam", "optimizer is one of adamw, muon, sgd"),
         ("max_lr=__import__('os')", "max_lr is float"),
         ("affine_p=0.5", "affine_p has no effect"),
         ("cutout_p=0.5", "cutout_p has no effect"),
@@ -210,3 +211,22 @@ def test_muon_has_the_hidden_weights_and_adamw_the_rest(small):
     assert [muon.param_groups[0][key] for key in ("lr", "momentum")] == [lr, momentum]
     groups = {(group["lr"], group["betas"][0]) for group in adamw.param_groups}
     assert groups == {(0.15 * lr, momentum)}
+
+
+def test_sgd_has_nesterov_momentum_and_decays_matrices_alone(small):
+    """Two steps against m = momentum m + g, w -= lr (g + momentum m), g with its weight decay."""
+    recipe = small_recipe(optimizer="sgd", weight_decay=0.1, l1=0.0, batch_size=300)
+    trainer = make_trainer(small, recipe)
+    weights = [trainer.model.head.weight, trainer.model.head.bias]
+    expected, buffers = [w.detach().clone() for w in weights], [0, 0]
+    for lr, momentum in ((0.1, 0.9), (0.2, 0.8)):
+        trainer.begin_epoch(0, [lr], [momentum])
+        trainer.step(0)
+        for i, decay in enumerate((0.1, 0.0)):
+            grad = weights[i].grad + decay * expected[i]
+            buffers[i] = momentum * buffers[i] + grad
+            expected[i] -= lr * (grad + momentum * buffers[i])
+            assert torch.allclose(weights[i], expected[i], rtol=0, atol=1e-6)
+    trainer.runtime.fused = True
+    with pytest.raises(UsageError, match="sgd has no Triton kernel; --kernels torch"):
+        Trainer(recipe, small, trainer.runtime, 1)

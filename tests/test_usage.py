@@ -86,7 +86,6 @@ WRONG_COMMANDS = [
     (lr_range, ["--start-lr", "nan"], "--start-lr"),
     (lr_range, ["--end-lr", 0], "--end-lr"),
     (lr_range, ["--mode", "log"], "--mode"),
-    (lr_range, ["--diverge", 0], "--diverge"),
     (lr_range, ["--data", "shapes", "--recipe", "original"], "batch_size 512 is more"),
     (bench, ["--rounds", 0], "--rounds"),
     (bench, ["--steps", -3], "--steps"),
