@@ -277,7 +277,7 @@ class Search:
         """Train a whole short run: its held-out loss, inf if it diverges; adds to lr_runs.csv."""
         recipe, loss, accuracy = replace(self.recipe, epochs=epochs, max_lr=lr), math.inf, 0.0
         trainer = Trainer(recipe, self.dataset, self.runtime, self.args.seed)
-        text = f"lr {lr:.4g}, {epochs} epochs"
+        text = f"lr {lr:.4g}, {epochs} epoch{'s' * (epochs > 1)}"
 
         def after_step():
             self.steps += 1
@@ -320,7 +320,7 @@ def main():
     lrs = f"{args.epochs} lrs from {args.start_lr:g} to {args.end_lr:g} ({args.mode})"
     print(f"{title}\nsweep: {lrs}, {args.steps_per_epoch} steps each, or until it diverges")
     for count, epochs in zip(NUM_LRS, search.lengths):
-        print(f"short runs of {epochs} epochs: {count} lrs", flush=True)
+        print(f"short runs: {count} lrs, {epochs} epoch{'s' * (epochs > 1)} each", flush=True)
     history, stop_reason = search.sweep()
     done, suggestions = f"{len(history)} of {args.epochs} lrs", suggest(history)
     print(f"sweep: {done}" + (f"; ended early: {stop_reason}" if stop_reason else ""))

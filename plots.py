@@ -175,14 +175,17 @@ def lr_range(history, suggestions, mode, title, runs=(), fits=None, found=None):
     low, span = min(losses), losses[0] - min(losses)
     if span > 0:  # a diverging loss leaves the figure
         top.set_ylim(low - 0.1 * span, low + 1.6 * span)
-    for (name, suggestion), color, style in zip(suggestions.items(), COLORS[1:], LINE_STYLES):
+    for (name, suggestion), color, style in zip(
+        suggestions.items(), COLORS[1:], LINE_STYLES[:1] + LINE_STYLES[2:]
+    ):
         if suggestion.lr is not None:
             label = f"{name}: {suggestion.lr:.4g}"
             top.axvline(suggestion.lr, label=label, color=color, ls=style)
     if runs:
         short_runs(bottom, runs, fits or {})
     for ax in (top, bottom) if found else ():
-        ax.axvline(found.lr, label=f"recommended: {found.lr:.4g}", color=BLACK, linewidth=2.5)
+        label = f"recommended: {found.lr:.4g} ({found.low:.2g} to {found.high:.2g})"
+        ax.axvline(found.lr, label=label, color=BLACK, linewidth=2.5)
         ax.axvspan(found.low, min(found.high, 10 * found.lr), color=BLACK, alpha=0.1, linewidth=0)
     for ax, is_log in ((top, mode == "exp"), (bottom, runs or mode == "exp")):
         if is_log:
@@ -202,7 +205,7 @@ def short_runs(ax, runs, fits):
     for length, color in zip(sorted({run["epochs"] for run in runs}), (BLUE, VERMILION)):
         points = sorted((run["lr"], run["val_loss"]) for run in runs if run["epochs"] == length)
         fit = fits.get(length)
-        label = f"{length} epochs" + (f": minimum at {fit.lr:.4g}" if fit else "")
+        label = f"{length} epoch{'s' * (length > 1)}" + (f": minimum {fit.lr:.4g}" if fit else "")
         ax.plot(*zip(*points), "o", color=color, label=label)
         if fit and fit.parabola:
             lrs = [fit.lr * 2 ** (k / 20) for k in range(-40, 41)]
