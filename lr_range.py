@@ -187,7 +187,8 @@ def fit_minimum(lrs, losses):
             octaves = 2 * math.sqrt(gradient @ covariance @ gradient * variance)
             if octaves < 3:  # else the losses are as good as flat
                 return Minimum(*(2 ** (vertex + k * octaves) for k in (0, -1, 1)), (a, b, c))
-    return Minimum(best, 0.0 if best < last else best, math.inf if best > first else best)
+    diverged = min({lr for lr in lrs if lr > best} - {lr for _, lr in points}, default=math.inf)
+    return Minimum(best, 0.0 if best < last else best, diverged if best > first else best)
 
 
 def recommend(rows, epochs):
@@ -277,7 +278,7 @@ class Search:
         """Train a whole short run: its held-out loss, inf if it diverges; adds to lr_runs.csv."""
         recipe, loss, accuracy = replace(self.recipe, epochs=epochs, max_lr=lr), math.inf, 0.0
         trainer = Trainer(recipe, self.dataset, self.runtime, self.args.seed)
-        text = f"lr {lr:.4g}, {epochs} epoch{'s' * (epochs > 1)}"
+        text, images = f"lr {lr:.4g}, {epochs} epoch{'s' * (epochs > 1)}", self.dataset.test_images
 
         def after_step():
             self.steps += 1
@@ -287,8 +288,7 @@ class Search:
         try:
             for _ in range(epochs):
                 trainer.train_epoch(trainer.steps_per_epoch, after_step)
-            model, normalize = trainer.averaged_model, trainer.normalize
-            logits = predict(self.runtime, model, normalize, self.dataset.test_images)
+            logits = predict(self.runtime, trainer.averaged_model, trainer.normalize, images)
             loss, accuracy = loss_and_accuracy(logits, self.dataset.test_labels)
         except RunError as error:
             text = str(error)

@@ -121,7 +121,8 @@ MINIMA = {  # losses, and the minimum with its interval if it is not that of the
     "falls": (range(7, 0, -1), LRS[-1], LRS[-1], math.inf),
     "rises": ([(k + 2) ** 2 for k in range(7)], LRS[0], 0, LRS[0]),
     "flat": ([1.0, 1.001, 1.0, 0.999, 1.0, 1.001, 1.0], LRS[3], 0, math.inf),
-    "two runs": ([math.nan] * 5 + [2.0, 1.0], LRS[-1], 0, math.inf),
+    "two runs": ([2.0, 1.0] + [math.nan] * 5, LRS[1], 0, math.inf),
+    "cliff": ([7, 6, 5, 4, 3, math.inf, math.nan], LRS[4], LRS[4], LRS[5]),
     "none": ([math.nan] * 7, LRS[0], 0, math.inf),
 }
 
