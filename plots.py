@@ -1,5 +1,6 @@
 """The figures that the scripts save as PNG. Nothing here needs a display or pyplot."""
 
+import math
 import warnings
 
 from matplotlib import rc_context
@@ -157,41 +158,61 @@ def heat_maps(images, titles, maps, captions, target_names, title):
 
 
 @styled
-def lr_range(history, suggestions, recommended, mode, title):
-    """Loss and accuracy over the lrs of a range test, with its suggestions as vertical lines.
+def lr_range(history, suggestions, mode, title, runs=(), fits=None, found=None):
+    """Loss over the lrs of a sweep with its suggestions; below, the short runs or the accuracy.
 
-    `history` has a dict an lr with lr, loss, smoothed_loss, train_accuracy and maybe test_accuracy;
-    `suggestions` maps names to (lr or None, reason); `recommended` is one of the names.
+    `history` has a dict an lr with lr, loss, smoothed_loss and train_accuracy;
+    `suggestions` maps names to (lr or None, reason). `runs` has a dict a run with lr, epochs and
+    val_loss, `fits` maps epochs to their Minimum, and `found` is the Minimum recommended.
     """
-    fig, axes = new_figure(9, 7, title, 2, 1, sharex=True)
-    top, bottom = axes
-    for ax, key, label, color, style in (
-        (top, "loss", "loss at each lr", "#9CC9E5", "-"),
-        (top, "smoothed_loss", "smoothed loss", BLUE, "-"),
-        (bottom, "train_accuracy", "train", BLUE, "-"),
-        (bottom, "test_accuracy", "test", VERMILION, "--"),
-    ):
-        if key in history[0]:
-            lrs, values = zip(*((row["lr"], row[key]) for row in history))
-            ax.plot(lrs, values, style, color=color, label=label)
+    fig, (top, bottom) = new_figure(9, 7, title, 2, 1)
+    curves = [(top, "loss", "loss at each lr"), (top, "smoothed_loss", "smoothed loss")]
+    curves += [(bottom, "train_accuracy", "train")] * (not runs)
+    for (ax, key, label), color in zip(curves, ("#9CC9E5", BLUE, BLUE)):
+        lrs, values = zip(*((row["lr"], row[key]) for row in history))
+        ax.plot(lrs, values, color=color, label=label)
     losses = [row["loss"] for row in history]
     low, span = min(losses), losses[0] - min(losses)
     if span > 0:  # a diverging loss leaves the figure
         top.set_ylim(low - 0.1 * span, low + 1.6 * span)
-    for (name, suggestion), color, style in zip(suggestions.items(), COLORS[1:], LINE_STYLES):
+    for (name, suggestion), color, style in zip(
+        suggestions.items(), COLORS[1:], LINE_STYLES[:1] + LINE_STYLES[2:]
+    ):
         if suggestion.lr is not None:
-            best = name == recommended
-            line = {"color": BLACK, "linewidth": 2.5} if best else {"color": color, "ls": style}
-            for ax in axes:
-                label = f"{name}: {suggestion.lr:.4g}{', recommended' * best}"
-                ax.axvline(suggestion.lr, label=label if ax is top else None, **line)
-    if mode == "exp":
-        top.set_xscale("log")
-        bottom.xaxis.set_major_formatter("{x:g}")  # the default is a formula
-        bottom.xaxis.set_minor_formatter("")
-    top.set_ylabel(LOSS_LABEL)
-    bottom.set(ylabel=ACCURACY_LABEL, xlabel=f"lr, {'logarithmic' * (mode == 'exp') or 'linear'}")
-    for ax in axes:
+            label = f"{name}: {suggestion.lr:.4g}"
+            top.axvline(suggestion.lr, label=label, color=color, ls=style)
+    if runs:
+        short_runs(bottom, runs, fits or {})
+    for ax in (top, bottom) if found else ():
+        label = f"recommended: {found.lr:.4g} ({found.low:.2g} to {found.high:.2g})"
+        ax.axvline(found.lr, label=label, color=BLACK, linewidth=2.5)
+        ax.axvspan(found.low, min(found.high, 10 * found.lr), color=BLACK, alpha=0.1, linewidth=0)
+    for ax, is_log in ((top, mode == "exp"), (bottom, runs or mode == "exp")):
+        if is_log:
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")  # the default is a formula
+            ax.xaxis.set_minor_formatter("")
+        ax.set(xlabel=f"lr, {'logarithmic' if is_log else 'linear'}", ylabel=LOSS_LABEL)
         ax.legend()
         ax.grid()
+    bottom.set_ylabel(f"held-out {LOSS_LABEL}" if runs else ACCURACY_LABEL)
     return fig
+
+
+def short_runs(ax, runs, fits):
+    """Held-out loss over lr of runs of each length, with the parabola and minimum of each."""
+    finite = [run["val_loss"] for run in runs if math.isfinite(run["val_loss"])]
+    for length, color in zip(sorted({run["epochs"] for run in runs}), (BLUE, VERMILION)):
+        points = sorted((run["lr"], run["val_loss"]) for run in runs if run["epochs"] == length)
+        fit = fits.get(length)
+        label = f"{length} epoch{'s' * (length > 1)}" + (f": minimum {fit.lr:.4g}" if fit else "")
+        ax.plot(*zip(*points), "o", color=color, label=label)
+        if fit and fit.parabola:
+            lrs = [fit.lr * 2 ** (k / 20) for k in range(-40, 41)]
+            a, b, c = fit.parabola
+            losses = [(a * x + b) * x + c for x in map(math.log2, lrs)]
+            ax.plot(lrs, losses, color=color)
+            ax.plot(fit.lr, min(losses), "x", color=color, markersize=9)
+    if finite:  # a run that learned nothing leaves the figure
+        low, span = min(finite), sorted(finite)[len(finite) // 2] - min(finite)
+        ax.set_ylim(low - 0.3 * span, low + 4 * span)

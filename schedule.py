@@ -26,7 +26,7 @@ class Recipe:
     final_div_factor: float = 10.0
     base_momentum: float = 0.85  # momentum is beta1 for AdamW
     max_momentum: float = 0.95
-    optimizer: str = "adamw"  # or "muon": Muon for hidden weights, AdamW for the rest
+    optimizer: str = "adamw"  # or "sgd", or "muon": Muon for hidden weights, AdamW for the rest
     adamw_lr_scale: float = 1.0  # lr of AdamW beside Muon, relative to Muon's
     beta2: float = 0.999
     eps: float = 1e-8
@@ -73,7 +73,7 @@ LONG = replace(
 RECIPES = {"original": ORIGINAL, "default": DEFAULT, "long": LONG}
 
 BOUNDS = {  # least and greatest value, or the choices; a number without an entry is at least 0
-    "optimizer": ("adamw", "muon"),
+    "optimizer": ("adamw", "muon", "sgd"),
     "padding_mode": ("reflect", "wrap"),
     **dict.fromkeys(("epochs", "batch_size"), (1, 2**31)),
     **dict.fromkeys(("max_lr", "div_factor", "final_div_factor"), (1e-30, 1e30)),
@@ -200,9 +200,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(recipe, model):
-    """The optimizers of a recipe for a ViT: AdamW, or Muon for hidden weights and AdamW.
+    """The optimizers of a recipe for a ViT: AdamW, SGD, or Muon for hidden weights and AdamW.
 
-    Loshchilov & Hutter 2017, arXiv:1711.05101. Biases, norms and embeddings never decay.
+    Loshchilov & Hutter 2017, arXiv:1711.05101. Biases, norms and embeddings never decay. SGD has
+    Nesterov momentum.
     """
     params = dict(model.named_parameters())
     embeddings = "cls_token", "pos_embedding"
@@ -216,6 +217,8 @@ def build_optimizers(recipe, model):
         decay = []
     no_decay = {"params": [p for n, p in params.items() if n not in decay], "weight_decay": 0.0}
     groups = [{"params": [params[n] for n in decay], "weight_decay": recipe.weight_decay}, no_decay]
+    if recipe.optimizer == "sgd":  # momentum comes with every step, but Nesterov's is not 0
+        return [torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)]
     betas = 0.0, recipe.beta2  # beta1 comes with every step
     optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=recipe.eps, fused=True))
     return optimizers

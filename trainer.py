@@ -95,8 +95,7 @@ class Trainer:
             self.finite_counts += torch.stack([stats[0], *torch._foreach_norm(grads)]).isfinite()
             if recipe.l1:  # the gradient of the L1 norm is the sign
                 torch._foreach_add_(grads, torch._foreach_sign(params), alpha=recipe.l1)
-            args = self.lrs[i], self.momenta[i], recipe.adamw_lr_scale
-            set_lr_momentum(self.optimizers, *args)
+            set_lr_momentum(self.optimizers, self.lrs[i], self.momenta[i], recipe.adamw_lr_scale)
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.averaged_model is not self.model:

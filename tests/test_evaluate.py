@@ -71,7 +71,7 @@ FIGURES = {
     "samples": (plots.sample_grid, [IMAGES], NAMES, ["original"]),
     "curves": (plots.training_curves, [ROW], OneCycle(0.1, 3, 0.3, 10, 10), 3),
     "maps": (plots.heat_maps, IMAGES, NAMES, MAPS, [NAMES[:2]] * 11, NAMES[:2]),
-    "lr": (plots.lr_range, SWEEP, SUGGESTIONS, "$x_$", "exp"),
+    "lr": (plots.lr_range, SWEEP, SUGGESTIONS, "exp"),
 }
 
 
@@ -88,7 +88,7 @@ def test_figures_take_any_name(name, tmp_path):
     if name == "curves":
         assert labels == ["train: 1 at the end", "held-out: 1 at the end"]
         assert limits[1] > 1  # dots of the only epoch are not clipped
-    assert name != "lr" or labels[2:] == ["$x_$: 0.01, recommended"]
+    assert name != "lr" or labels[2:] == ["$x_$: 0.01"]
     texts = figure.findobj(lambda artist: hasattr(artist, "get_text"))
     lines = [line for text in texts for line in text.get_text().split("\n")]
     assert all(len(line) <= 10 * figure.get_figwidth() and line.isprintable() for line in lines)

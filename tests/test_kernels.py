@@ -104,9 +104,11 @@ def test_checked_step(monkeypatch, capsys):
     assert verify.checked_step(trainer) is None
     trainer.dataset = dataclasses.replace(trainer.dataset, class_names=("a",) * 300)
     assert verify.checked_step(trainer) is None
-    first, second = capsys.readouterr().err.splitlines()
+    trainer.recipe = dataclasses.replace(trainer.recipe, optimizer="sgd")
+    assert verify.checked_step(trainer) is None
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first == "kernels: mlp forward does not run here; the network runs in plain PyTorch"
-    assert "300 classes" in second
+    assert "300 classes" in second and "SGD" in third
 
 
 @pytest.mark.parametrize("cls_only", [False, True])

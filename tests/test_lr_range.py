@@ -1,4 +1,4 @@
-"""The range test: its grid, what it trains, and what it reads off curves with a known answer."""
+"""The range test and the short runs: what they train, and what they read off known curves."""
 
 import dataclasses
 import math
@@ -9,8 +9,10 @@ from conftest import make_trainer, small_recipe
 
 import lr_range
 from cli import read_csv
-from lr_range import lr_grid, range_test, suggest
+from data import train_val_split
+from lr_range import fit_minimum, longest_fall, lr_grid, range_test, recommend, suggest
 from schedule import RECIPES
+from trainer import loss_and_accuracy, predict
 
 GRID = [k / 200 for k in range(200)]
 EXP_GRID = lr_grid(1e-4, 1, 200, "exp")
@@ -26,9 +28,13 @@ def history_of(losses, lrs=GRID):
     return rows
 
 
-def bowl(x, low=0.3):
-    """Falls from 2.3 to 1.3 at `low`, fastest half way, then rises."""
-    return 1.8 + 0.5 * math.cos(math.pi * x / low) if x < low else 1.3 + 4 * (x - low) ** 2
+def bowl(x):
+    """Falls from 2.3 to 1.3 at 0.3, fastest half way, then rises."""
+    return 1.8 + 0.5 * math.cos(math.pi * x / 0.3) if x < 0.3 else 1.3 + 4 * (x - 0.3) ** 2
+
+
+def logistic(lr):
+    return 2.3 - 1 / (1 + (0.01 / lr) ** 3) + max(lr - 0.2, 0)
 
 
 def noisy(values, std):
@@ -40,8 +46,7 @@ def test_grids():
     grid = lr_grid(1e-10, 1, 500, "linear")
     assert len(grid) == 500 and grid[0] == 1e-10
     assert grid[11] == pytest.approx(0.022000000097799996, rel=0, abs=1e-15)  # of the original
-    exp = [10 ** (-4 + k / 2) for k in range(8)]
-    assert lr_grid(1e-4, 1, 8, "exp") == pytest.approx(exp, rel=1e-12)
+    assert lr_grid(1e-4, 1, 4, "exp") == pytest.approx([1e-4, 1e-3, 0.01, 0.1], rel=1e-12)
 
 
 def test_one_model_is_trained_at_each_lr_in_turn(small):
@@ -77,75 +82,145 @@ def test_divergence_ends_it_and_keeps_the_history(small, lrs, reason):
     assert (history[-1]["smoothed_loss"] > 1.5 * best) == (reason == "smoothed loss")
 
 
-BOWL = [bowl(x) for x in GRID]
-# Falls for most of the grid, but not before the minimum.
-BURST = [bowl(x) if x < 0.4 else 9 - 7 * x for x in GRID]
-LOGISTIC = [2.3 - 1 / (1 + (0.01 / lr) ** 3) + max(lr - 0.2, 0) for lr in EXP_GRID]
-# Losses, lrs, and each suggestion with its tolerance. Smoothing lags by some ten lrs, 0.05.
+BOWL, LOGISTIC, NOTHING = [*map(bowl, GRID)], [*map(logistic, EXP_GRID)], ["the loss falls by"] * 4
+# Losses, lrs, and each suggestion with its tolerance, or why there is none. Smoothing lags by 0.05.
 CURVES = {
     "bowl": (BOWL, GRID, (0.175, 0.04), (0.035, 0.005), (0.3, 0.005), (0.17, 0.03)),
     "noise": (noisy(BOWL, 0.02), GRID, (0.17, 0.1), (0.035, 0.015), (0.3, 0.1), (0.17, 0.08)),
-    "burst": (BURST, GRID, (0.175, 0.04), (0.035, 0.005), (0.3, 0.005), (0.17, 0.03)),
     "log": (LOGISTIC, EXP_GRID, (0.015, 0.008), (0.02, 0.01), (0.1, 0.11), (0.005, 0.004)),
-    "falls": ([2.3 - x for x in GRID], GRID, (0.5, 0.5), None, (0.995, 1e-6), (0.5, 0.01)),
+    "falls": ([2.3 - x for x in GRID], GRID, (0.5, 0.5), "the loss still", (1, 0.01), (0.5, 0.01)),
+    "constant": ([2.3] * 200, GRID, *NOTHING),
+    "only noise": (noisy([2.3] * 200, 0.05), GRID, *NOTHING),
+    "rises": ([2.3 + 5 * x for x in GRID], GRID, *NOTHING),
+    "none": ([], GRID, *["0 lrs are too few"] * 4),
 }
 
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_suggestions(curve):
     losses, lrs, *expected = CURVES[curve]
-    history = history_of(losses, lrs)
-    found = suggest(history)
-    assert history == history_of(losses, lrs)
-    for name, answer in zip(("steepest", "minimum / 10", "best accuracy", "valley"), expected):
-        if answer is None:
-            assert found[name] == (None, "the loss still falls at the last lr"), name
+    found = suggest(history_of(losses, lrs))
+    assert [*found] == ["steepest", "minimum / 10", "best accuracy", "valley"]
+    for (lr, reason), answer in zip(found.values(), expected):
+        if isinstance(answer, str):
+            assert lr is None and reason.startswith(answer)
         else:
-            assert found[name].lr == pytest.approx(answer[0], abs=answer[1]), name
+            assert lr == pytest.approx(answer[0], abs=answer[1])
+    assert longest_fall([5, 1, 4, 3, 9, 2]) == (0, 5) and longest_fall([1, 9, 8, 3, 10]) == (1, 3)
 
 
-def test_where_nothing_falls_nothing_is_suggested():
-    for losses, reason in (
-        ([2.3] * 200, "the loss falls by"),
-        (noisy([2.3] * 200, 0.05), "the loss falls by"),
-        ([2.3 + 5 * x for x in GRID], "the loss falls by"),
-        ([2.3, 2.2, 2.1, 2.0], "4 lrs are too few"),
-        ([], "0 lrs are too few"),
-    ):
-        found = suggest(history_of(losses)).values()
-        assert len(found) == 4 and all(s.lr is None and s.reason.startswith(reason) for s in found)
+# --- short runs ---
+
+LRS, BEST = [2.0**k for k in range(-9, -2)], 2**-6.3
+PARABOLA = [1 + 0.05 * math.log2(lr / BEST) ** 2 for lr in LRS]
+MINIMA = {  # losses, and the minimum with its interval if it is not that of the parabola
+    "exact": (PARABOLA,),
+    "noise": (noisy(PARABOLA, 0.004),),
+    "outlier": ([*PARABOLA[:3], 2.3, PARABOLA[4], math.nan, math.nan],),
+    "diverged": ([*PARABOLA[:-2], math.nan, math.inf],),
+    "falls": (range(7, 0, -1), LRS[-1], LRS[-1], math.inf),
+    "rises": ([(k + 2) ** 2 for k in range(7)], LRS[0], 0, LRS[0]),
+    "flat": ([1.0, 1.001, 1.0, 0.999, 1.0, 1.001, 1.0], LRS[3], 0, math.inf),
+    "two runs": ([2.0, 1.0] + [math.nan] * 5, LRS[1], 0, math.inf),
+    "cliff": ([7, 6, 5, 4, 3, math.inf, math.nan], LRS[4], LRS[4], LRS[5]),
+    "none": ([math.nan] * 7, LRS[0], 0, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", MINIMA)
+def test_the_minimum_of_short_runs(name):
+    losses, *expected = MINIMA[name]
+    lr, low, high, _ = fit_minimum(LRS, losses)
+    if not expected:
+        assert 1 / 1.15 < lr / BEST < 1.15 and low < BEST < high and 1.05 < high / low < 1.5
+    assert not expected or [lr, low, high] == expected
+    assert fit_minimum(LRS[::-1], losses[::-1])[:3] == pytest.approx((lr, low, high))
+
+
+def test_the_interval_holds_the_minimum():
+    noise, held = random.Random(0), 0
+    for _ in range(200):
+        fit = fit_minimum(LRS, [y * (1 + noise.gauss(0, lr_range.NOISE)) for y in PARABOLA])
+        held += fit.low < BEST < fit.high
+    assert 180 < held < 200
+
+
+def search(edge, best_lr):
+    """The lr recommended for 24 epochs where best_lr(epochs) is best, and the number of runs."""
+    rows = []
+
+    def run(lr, epochs):
+        loss = 1 + 0.04 * math.log2(lr / best_lr(epochs)) ** 2
+        rows.append({"lr": lr, "epochs": epochs, "val_loss": loss})
+        return loss
+
+    lr_range.successive_halving(run, edge, (1, 3))
+    return recommend(rows, 24)[0], len(rows)
+
+
+@pytest.mark.parametrize("edge", [0.02, 0.084, 0.25])
+def test_the_best_lr_follows_the_length_within_bounds(edge):
+    for exponent, used in ((0, 0), (-0.4, -0.4), (0.5, 0), (-2, -lr_range.MAX_EXPONENT)):
+        found, num_runs = search(edge, lambda epochs, k=exponent: 0.01 * epochs**k)
+        assert found.lr == pytest.approx(0.01 * 3**exponent * 8**used, rel=1e-3)
+        assert found.low < found.lr < found.high and num_runs in (11, 13)
+    for best in (100 * edge, edge / 10_000):  # beyond the end of the lrs, which are widened once
+        found, num_runs = search(edge, lambda epochs, best=best: best)
+        assert num_runs == 7 + 2 + 4 + 2 and (found.low == 0 or found.high == math.inf)
+
+
+# --- the script ---
 
 
 @pytest.fixture
-def args(small_shapes, tmp_path, monkeypatch):
-    """Arguments of a short range test of recipe default."""
-    small = dataclasses.replace(RECIPES["default"], batch_size=50, crop_padding=0)
-    monkeypatch.setitem(RECIPES, "default", small)
-    return ["--data", "shapes", "--out", tmp_path, "--steps-per-epoch", 1]
+def script(small_shapes, tmp_path, monkeypatch, invoke):
+    """script(args) -> (status, stdout, stderr, *rows of both tables); the sweep is `logistic`."""
+    recipe = dataclasses.replace(RECIPES["default"], batch_size=100, crop_padding=0)
+    monkeypatch.setitem(RECIPES, "default", recipe)
+    sweep = lambda _, lrs, steps: ((logistic(lr), 30.0) for lr in lrs)  # noqa: E731
+    values = {"MIN_STEPS": 1, "LENGTHS": (1, 2), "NUM_LRS": (3, 3), "train_each_lr": sweep}
+    for name, value in values.items():
+        monkeypatch.setattr(lr_range, name, value)
+
+    def run(text):
+        args = "--data shapes --mode exp --start-lr 1e-4 --epochs 24 --steps-per-epoch 2"
+        result = invoke(lr_range, ["--out", tmp_path, *args.split(), *text.split()])
+        files = [tmp_path / "lr_range.csv", tmp_path / "lr_runs.csv"]
+        return *result, *(read_csv(path) if path.exists() else [] for path in files)
+
+    return run
 
 
-def test_files_and_the_command_to_copy(args, tmp_path, monkeypatch, succeeds):
-    def falling(*args, train_each_lr=lr_range.train_each_lr):
-        for loss, (_, accuracy) in zip([2.5, 2.0, 1.5] + [1.0] * 7, train_each_lr(*args)):
-            yield loss, accuracy
-
-    monkeypatch.setattr(lr_range, "train_each_lr", falling)
-    args += ["--mode", "exp", "--start-lr", 1e-3, "--epochs", 10, "--val", "--set", "beta2=0.98"]
-    out, rows = succeeds(lr_range, args), read_csv(tmp_path / "lr_range.csv")
-    assert list(rows[0]) == ["lr", "loss", "smoothed_loss", "train_accuracy", "test_accuracy"]
+def test_files_short_runs_and_the_command_to_copy(script, tmp_path, small):
+    status, out, _, rows, runs = script("--sweep-only")
+    assert status == 0 and len(rows) == 24 and not runs and "--max-lr" not in out
+    status, out, err, rows, runs = script("--set beta2=0.98")
+    assert (status, err) == (0, "") and len(rows) == 24
+    assert list(rows[0]) == ["lr", "loss", "smoothed_loss", "train_accuracy"]
     assert (tmp_path / "lr_range.png").read_bytes().startswith(b"\x89PNG")
-    best = max(rows, key=lambda row: float(row["test_accuracy"]))
+    runs = [{k: float(v) for k, v in row.items()} for row in runs]
     command = "python train.py --data shapes --recipe default --set beta2=0.98 --max-lr"
-    assert f"  {command} {float(best['lr']):.4g}\n" in out
+    assert f"  {command} {recommend(runs, 24)[0].lr:.4g}\n" in out
+
+    recipe = dict(beta2=0.98, epochs=2, max_lr=runs[-1]["lr"])  # of the last short run
+    dataset, recipe = train_val_split(small, 30), dataclasses.replace(RECIPES["default"], **recipe)
+    trainer = make_trainer(dataset, recipe)
+    for _ in range(2):
+        trainer.train_epoch(trainer.steps_per_epoch)
+    logits = predict(trainer.runtime, trainer.model, trainer.normalize, dataset.test_images)
+    expected = recipe.max_lr, 2, *loss_and_accuracy(logits, dataset.test_labels)
+    assert tuple(runs[-1].values()) == expected
 
 
-def test_ctrl_c_keeps_the_history(args, tmp_path, monkeypatch, invoke):
-    def update(bar, done, text):
-        if done == 6:
+@pytest.mark.parametrize("stop, rows, runs", [(12, 6, 0), (2 * 24 + 3 * 2 + 1, 24, 2)])
+def test_ctrl_c_keeps_what_there_is(script, monkeypatch, stop, rows, runs, tmp_path):
+    def update(bar, done, text=""):
+        if done == stop and bar.label == "step":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(lr_range.ProgressBar, "update", update)
-    status, out, err = invoke(lr_range, [*args, "--end-lr", "1e-9", "--epochs", 9])
-    assert (status, err) == (130, "lr_range.py: stopped by SIGINT; 6 of 9 lrs are kept\n")
-    assert "nothing to recommend: the loss falls by" in out and "train.py --" not in out
-    assert len(read_csv(tmp_path / "lr_range.csv")) == 6
+    status, out, err, *saved = script("")
+    assert status == 130 and [*map(len, saved)] == [rows, runs]
+    kept = f"{rows} of 24 lrs" + f" and {runs} short runs" * bool(runs)
+    assert err == f"lr_range.py: stopped by SIGINT; {kept} are kept\n"
+    assert (tmp_path / "lr_range.png").exists() and "train.py --" not in out

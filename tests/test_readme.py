@@ -49,7 +49,7 @@ def test_tests_files_and_links_exist():
         for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / link).exists(), (path.name, link)
     names = re.findall(r"`((?:\w+/)?\w+\.(?:py|csv))`", TEXT)
-    for name in set(names) - {"history.csv", "lr_range.csv"}:
+    for name in set(names) - {"history.csv", "lr_range.csv", "lr_runs.csv"}:
         assert list(ROOT.glob(f"**/{name}")), name
     tree = (ROOT / "README.md").read_text().split("## Files")[1]
     for path in SOURCES:
@@ -66,7 +66,7 @@ def test_sizes_are_within_the_limits():
         "lines of README": (len(readme.splitlines()), 150),
         "words of README": (len(readme.split()), 1500),
     }
-    for folder, limit in zip(FOLDERS, (3540, 1420, 3300, 500)):
+    for folder, limit in zip(FOLDERS, (3680, 1420, 3400, 500)):
         total = sum(len(lines[path]) for path in SOURCES if path.parent == folder)
         sizes[f"lines in {folder.name}/"] = total, limit
     for path, text in SOURCES.items():

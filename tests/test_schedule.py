@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import ROOT, make_trainer, small_recipe
 
 from cli import UsageError, read_csv
-from schedule import COEFFICIENTS, RECIPES, Muon, OneCycle, Recipe, lr_scale, orthogonalize
+from schedule import COEFFICIENTS, RECIPES, Muon, OneCycle, Recipe, orthogonalize
 from schedule import set_lr_momentum, with_overrides
 
 # --- OneCycle ---
@@ -84,7 +84,7 @@ INVALID = {  # message: overrides of recipe default
     "max_lr is float": ["max_lr=__import__('os')"],
     "beta2 is float from 0 to 0.9999": ["beta2=1"],
     "avg_pool_init is one of True, False": ["avg_pool_init=1"],
-    "optimizer is one of adamw, muon": ["optimizer=sgd"],
+    "optimizer is one of adamw, muon, sgd": ["optimizer=adam"],
     "affine_p has no effect": ["affine_p=0.5"],
     "cutout_p has no effect": ["cutout_p=0.5"],
 }
@@ -177,7 +177,9 @@ def test_convolutions_and_stacked_matrices_move_as_their_matrices():
     apart = muon_step(whole.chunk(3), grad.chunk(3), [1, 1, 1])
     assert torch.equal(muon_step([whole], [grad], [3]), apart)
     assert not torch.equal(apart, muon_step([whole], [grad], [1]))
-    assert lr_scale(torch.zeros(192, 64)) == 3**0.5 and lr_scale(torch.zeros(64, 256)) == 1
+    zeros = torch.zeros(12, 6)
+    tall, wide = muon_step([zeros], [grad], [1]), muon_step([zeros.T], [grad.T], [1])
+    assert tall.norm() / wide.norm() == pytest.approx(2**0.5, rel=1e-4)  # sqrt(rows / columns)
 
 
 def test_muon_has_the_hidden_weights_and_adamw_the_rest(small):
@@ -197,3 +199,19 @@ def test_muon_has_the_hidden_weights_and_adamw_the_rest(small):
     lr, momentum = trainer.schedule(1)
     assert (hidden["lr"], hidden["momentum"]) == (lr, momentum)
     assert (rest["lr"], rest["betas"][0]) == (0.15 * lr, momentum)
+
+
+def test_sgd_has_nesterov_momentum_and_decays_matrices_alone(small):
+    """Two steps against m = momentum m + g, w -= lr (g + momentum m), g with its weight decay."""
+    recipe = small_recipe(optimizer="sgd", weight_decay=0.1, l1=0.0, batch_size=300)
+    trainer = make_trainer(small, recipe)
+    weights = [trainer.model.head.weight, trainer.model.head.bias]
+    expected, buffers = [w.detach().clone() for w in weights], [0, 0]
+    for lr, momentum in ((0.1, 0.9), (0.2, 0.8)):
+        trainer.begin_epoch(0, [lr], [momentum])
+        trainer.step(0)
+        for i, decay in enumerate((0.1, 0.0)):
+            grad = weights[i].grad + decay * expected[i]
+            buffers[i] = momentum * buffers[i] + grad
+            expected[i] -= lr * (grad + momentum * buffers[i])
+            assert torch.allclose(weights[i], expected[i], rtol=0, atol=1e-6)

@@ -21,7 +21,7 @@ import vit
 NUMBERS = {  # flags that do not take 0
     train: "--epochs --batch-size --max-lr --val-split --runs --max-steps --save-every",
     data: "--n", gradcam: "--n --metrics", evaluate: "--n",
-    lr_range: "--epochs --end-lr --diverge --steps-per-epoch", bench: "--rounds --steps",
+    lr_range: "--epochs --end-lr --steps-per-epoch", bench: "--rounds --steps",
     vit: "--classes",
 }  # fmt: skip
 CHOICES = {
@@ -101,7 +101,9 @@ def test_a_closed_stdout_shows_no_traceback(redirect):
     assert "Traceback" not in result.stderr and result.stderr.count("\n") <= 1
 
 
-@pytest.mark.parametrize("script", ["bench", "data", "evaluate", "gradcam", "train", "vit"])
+@pytest.mark.parametrize(
+    "script", ["bench", "data", "evaluate", "gradcam", "lr_range", "train", "vit"]
+)
 def test_ctrl_c_during_imports_shows_no_traceback(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
