@@ -9,7 +9,7 @@ from conftest import make_trainer, small_recipe
 
 import lr_range
 from cli import read_csv
-from lr_range import lr_grid, range_test, suggest
+from lr_range import longest_fall, lr_grid, range_test, suggest
 from schedule import RECIPES
 
 GRID = [k / 200 for k in range(200)]
@@ -36,7 +36,8 @@ def noisy(values, std):
     return [value + noise.gauss(0, std) for value in values]
 
 
-def test_grids():
+def test_grids_and_the_longest_fall():
+    assert longest_fall([5, 1, 4, 3, 9, 2]) == (0, 5) and longest_fall([1, 9, 8, 3, 10]) == (1, 3)
     grid = lr_grid(1e-10, 1, 500, "linear")
     assert len(grid) == 500 and grid[0] == 1e-10
     assert grid[11] == pytest.approx(0.022000000097799996, rel=0, abs=1e-15)  # of the original
