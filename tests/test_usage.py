@@ -45,7 +45,7 @@ WRONG_COMMANDS = [
     (train, ["--seed", -1], "--seed"),
     (train, ["--seed", 2**64], "--seed"),
     (train, ["--device", "mps"], "--device mps: not available here"),
-    (train, ["--device", "cpu", "--precision", "fp16"], "fp16 needs the Triton kernels, which"),
+    (train, ["--data", "shapes", "--device", "cpu", "--precision", "fp16"], "needs the Triton"),
     (train, ["--data", "no/such/folder"], "no/such/folder"),
     (train, ["--data", ""], "not a folder that exists, nor one of"),
     (train, ["--data", HERE], "not a folder that exists, nor one of"),
@@ -94,11 +94,11 @@ def test_a_progress_bar_fits_the_terminal(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("redirect", ["| head -1", ">&-"])
-def test_a_closed_stdout_shows_no_traceback(redirect):
-    script = "import cli; cli.run_script(lambda: print('a line' * 100_000))"
+def test_a_closed_stdout_is_no_error(redirect):
+    script = "import cli; cli.run_script(lambda: print(*range(100_000), sep=chr(10)))"
     command = f'{sys.executable} -c "{script}" {redirect}'
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert "Traceback" not in result.stderr and result.stderr.count("\n") <= 1
+    assert result.stderr == ""
 
 
 @pytest.mark.parametrize(
