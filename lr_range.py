@@ -298,7 +298,7 @@ class Search:
         write_csv(self.args.out / "lr_runs.csv", self.rows)
         return loss
 
-    def print_recommendation(self, found):
+    def print_recommendation(self, found, fits):
         """Print the lr found as a command to copy, its interval, and what limits it."""
         args, best = self.args, f"{found.lr:.4g}, between {found.low:.3g} and {found.high:.3g}"
         given = {"--data": args.data, "--data-dir": args.data_dir, "--recipe": args.recipe}
@@ -306,8 +306,8 @@ class Search:
         flags += [f"--set {shlex.quote(setting)}" for setting in args.set or []]
         print(f"\nrecommended for {self.recipe.epochs} epochs: {best} with 95 % confidence")
         print(f"  python train.py {' '.join(flags)} --max-lr {found.lr:.4g}\n")
-        if found.low == 0 or found.high == math.inf:
-            print("no minimum was found within the lrs tried: the best may lie beyond them")
+        if not all(fit.parabola for fit in fits.values()):
+            print("the losses of a length have no minimum: the best lr is at, or beyond, an end")
         accuracies = [r["val_accuracy"] for r in self.rows if r["epochs"] == self.lengths[-1]]
         if max(accuracies) - min(accuracies) < 0.5:
             print("the lr matters little: the longer runs differ by less than half a point")
@@ -334,7 +334,7 @@ def main():
         try:
             successive_halving(search.run, edge, search.lengths)
             found, fits = recommend(search.rows, search.recipe.epochs)
-            search.print_recommendation(found)
+            search.print_recommendation(found, fits)
         except KeyboardInterrupt:
             stop_reason, done = INTERRUPTED, f"{done} and {len(search.rows)} short runs"
     if history:

@@ -200,7 +200,9 @@ def test_files_short_runs_and_the_command_to_copy(script, tmp_path, small):
     assert (tmp_path / "lr_range.png").read_bytes().startswith(b"\x89PNG")
     runs = [{k: float(v) for k, v in row.items()} for row in runs]
     command = "python train.py --data shapes --recipe default --set beta2=0.98 --max-lr"
-    assert f"  {command} {recommend(runs, 24)[0].lr:.4g}\n" in out
+    found, fits = recommend(runs, 24)
+    assert f"  {command} {found.lr:.4g}\n" in out
+    assert ("have no minimum" in out) != all(fit.parabola for fit in fits.values())
 
     recipe = dict(beta2=0.98, epochs=2, max_lr=runs[-1]["lr"])  # of the last short run
     dataset, recipe = train_val_split(small, 30), dataclasses.replace(RECIPES["default"], **recipe)
