@@ -3,9 +3,8 @@
     python lr_range.py --epochs 500                 # both, for recipe default
     python lr_range.py --epochs 500 --sweep-only    # the range test: 500 lrs from 1e-10 to 1
 
-The sweep (Smith 2015, arXiv:1506.01186, section 3.3) trains one model while the lr rises, each lr
-for an "epoch", and finds which are too high. Short OneCycle runs find which has the lowest held-out
-loss, and how it falls with their length. Writes lr_range.csv, lr_runs.csv and lr_range.png.
+The sweep (Smith 2015, arXiv:1506.01186) trains one model while the lr rises, and finds the edge.
+Short OneCycle runs find the best lr below it. Writes lr_range.csv, lr_runs.csv and lr_range.png.
 """
 
 import math
@@ -35,7 +34,7 @@ HELD_OUT = 5000  # training images, or a tenth of fewer
 LENGTHS, NUM_LRS = (1, 3), (7, 4)  # of the two rounds of short runs: epochs, and how many lrs
 MIN_STEPS = 80  # a short run of fewer steps says little: small datasets have more epochs
 NOISE = 0.01  # of a short run's loss, relative, between seeds
-MAX_EXPONENT = 0.5  # of the best lr in the length of training, which is at least -0.5
+MAX_EXPONENT = 0.5  # noise in two minima, extrapolated, can be anything
 INTERRUPTED = "stopped by Ctrl-C"
 
 
@@ -70,9 +69,8 @@ def range_test(trainer, lrs, steps_per_lr, diverge=4.0, after_lr=len):
     """Train `trainer` for `steps_per_lr` batches at each of `lrs`, at the recipe's first momentum.
 
     Returns (history, stop_reason). The history has a dict an lr with lr, loss (mean over its
-    batches), smoothed_loss (bias-corrected running mean) and train_accuracy in percent. It ends
-    early, with a stop_reason, if the smoothed loss exceeds `diverge` times its minimum, on what is
-    not finite, and on Ctrl-C.
+    batches), smoothed_loss (bias-corrected running mean) and train_accuracy in percent. It ends,
+    with a stop_reason, if that loss exceeds `diverge` times its minimum, is not finite, on Ctrl-C.
     """
     history, running, best = [], 0.0, math.inf
     try:
@@ -194,8 +192,8 @@ def fit_minimum(lrs, losses):
 def recommend(rows, epochs):
     """(Minimum for a run of `epochs`, {length: Minimum of the short runs}); a pure function.
 
-    The best lr is a power of the length, by the minima of the shortest and the longest runs. The
-    exponent is held to [-MAX_EXPONENT, 0]: noise in two minima, extrapolated, can be anything.
+    The best lr is a power of the length, by the minima of the shortest and the longest runs, whose
+    exponent is held to [-MAX_EXPONENT, 0]; it is at most half the least lr that diverged.
     """
     fits = {}
     for length in sorted({row["epochs"] for row in rows}):
@@ -207,7 +205,9 @@ def recommend(rows, epochs):
     exponent = math.log(last.lr / first.lr) / math.log(long / short)
     shift = (epochs / long) ** min(max(exponent, -MAX_EXPONENT), 0.0)
     factor = max(epochs / long, long / epochs) ** error
-    return Minimum(shift * last.lr, shift * last.low / factor, shift * last.high * factor), fits
+    diverged = min((row["lr"] for row in rows if math.isinf(row["val_loss"])), default=math.inf)
+    lr, high = min(shift * last.lr, diverged / 2), min(shift * last.high * factor, diverged)
+    return Minimum(lr, min(lr, shift * last.low / factor), high), fits
 
 
 # --- the script ---

@@ -169,6 +169,16 @@ def test_the_best_lr_follows_the_length_within_bounds(edge):
         assert num_runs == 7 + 2 + 4 + 2 and (found.low == 0 or found.high == math.inf)
 
 
+def test_half_the_least_lr_that_diverged_is_recommended_at_most():
+    losses = {0.125: 2.0, 0.25: 1.8, 0.5: 1.7, 1.0: math.inf}
+    rows = [{"lr": lr, "epochs": n, "val_loss": y / n} for n in (1, 3) for lr, y in losses.items()]
+    assert (
+        recommend(rows[:-1], 24)[0].lr == 0.5 and recommend(rows[:3] + rows[4:7], 24)[0].lr == 0.5
+    )
+    rows[2]["val_loss"] = math.inf
+    assert recommend(rows, 24)[0].lr == 0.25
+
+
 # --- the script ---
 
 
