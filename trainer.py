@@ -180,10 +180,7 @@ def loss_and_accuracy(logits, labels):
 
 
 def save_checkpoint(path, model, dataset, config, epoch, test_accuracy, train_state=None):
-    """Write weights and what scripts need to use them; `config` is of plain types.
-
-    last.pt also has `train_state`, from which its run resumes.
-    """
+    """Write weights and what scripts need to use them; last.pt has `train_state` to resume from."""
     ckpt = {
         "model": {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()},
         "model_config": model.config, "class_names": list(dataset.class_names),
@@ -242,10 +239,7 @@ def model_from_checkpoint(ckpt):
 
 
 class Run:
-    """A training run and its files in `run_dir`, from `ckpt` if given.
-
-    last.pt is written after the files that belong to it, so what a kill leaves undone is redone.
-    """
+    """A training run and its files in `run_dir`, from `ckpt` if given; last.pt is written last."""
 
     def __init__(self, trainer, run_dir, config, ckpt=None):
         self.trainer, self.run_dir, self.config = trainer, run_dir, config
@@ -292,10 +286,15 @@ class Run:
         lr, momentum = trainer.schedule(first_step)
         progress = ProgressBar(f"epoch {epoch + 1}/{trainer.recipe.epochs}", num_steps)
 
+        def status():
+            i, N = trainer.step_in_epoch, len(trainer.dataset.train_images)
+            loss, correct = (trainer.totals / min(i * trainer.recipe.batch_size, N)).tolist()
+            left = (time.perf_counter() - self.started) / i * (self.total_steps - first_step - i)
+            return f"loss {loss:.3f}, {100 * correct:.1f} %, run {left / 60:.0f} min left"
+
         def after_step():
-            i = trainer.step_in_epoch
-            step, seen = first_step + i, i * trainer.recipe.batch_size
-            progress.update(i, lambda: f"loss {trainer.totals[0].item() / seen:.4f}")
+            step = first_step + trainer.step_in_epoch
+            progress.update(trainer.step_in_epoch, status)
             if self.is_main_process and (signals.signum or step % self.save_every == 0):
                 self.save()
             if self.is_main_process and signals.signum:

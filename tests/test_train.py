@@ -146,3 +146,15 @@ def test_a_failed_run_is_one_line_and_exit_status_1(tmp_path, monkeypatch, fails
     monkeypatch.setattr(data, "load_shapes", fail)
     err = fails(train, ["--data", "shapes", "--out", tmp_path], status=1)
     assert err == "train.py: error: no images \\x1b[31mtoday\n"
+
+
+def test_the_bar_shows_loss_accuracy_and_the_time_left(
+    tiny_shapes, tmp_path, succeeds, monkeypatch
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    args = ["--data", "shapes", "--epochs", 2, "--batch-size", 20, "--out", tmp_path]
+    out = succeeds(train, args)
+    row = read_csv(only_run(tmp_path) / "history.csv")[0]  # whose epoch is one step
+    loss, accuracy = float(row["train_loss"]), float(row["train_accuracy"])
+    bar = f"epoch 1/2 [{'=' * 30}] 1/1, 0:00 left, loss {loss:.3f}, {accuracy:.1f} %, run 0 min"
+    assert bar[:79] in out and "evaluating [" in out
