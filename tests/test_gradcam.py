@@ -76,22 +76,6 @@ def test_gradcam_plus_plus_is_its_formula():
     assert torch.allclose(gradcam.gradcam_plus_plus(activations, gradients), expected, rtol=1e-10)
 
 
-def test_attention_maps_are_weighted_token_maps():
-    model, images, flow = make_model(), noise(3), torch.eye(33)
-    x = torch.cat([model.cls_token.expand(3, -1, -1), model.stem(images)], 1) + model.pos_embedding
-    for block in model.blocks:
-        q, k, _ = block.attention.qkv(block.attention.norm(x)).view(3, 33, 3, 4, 16).unbind(2)
-        weights = (torch.einsum("bihd,bjhd->bhij", q, k) / 4).softmax(-1).mean(1)  # (3, 33, 33)
-        flow = (weights + torch.eye(33)) / 2 @ flow
-        x = block(x)
-    stem = model.stem
-    tokens = stem.gelu2(stem.conv2(stem.gelu1(stem.conv1(images))))
-    expected = unit(torch.einsum("bc,bchw->bhw", flow[:, 0, 1:], tokens))
-    assert torch.allclose(explain(model, LAYER, "attention", images), expected, atol=1e-4)
-    with pytest.raises(ValueError, match="stem.conv2 and stem.gelu2"):
-        GradCAM(model, "stem.gelu1", "attention")
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_and_targets(method):
     model, images, targets = make_model(), noise(5), torch.tensor([0, 4, 9, 2, 2])
@@ -101,16 +85,15 @@ def test_batches_and_targets(method):
         assert maps.shape == (5, 32, 32) and torch.allclose(maps, alone, atol=1e-4)
         assert maps.amin((1, 2)).tolist() == [0] * 5 and maps.amax((1, 2)).tolist() == [1] * 5
         assert torch.equal(cam(images), cam(images, predicted))
-        same = torch.equal(cam(images), cam(images, (predicted + 1) % 10))
-        assert same == (method == "attention")
+        assert not torch.equal(cam(images), cam(images, (predicted + 1) % 10))
         model.head.weight.zero_()
-        assert cam(images).any() == (method == "attention")  # nothing speaks for any class
+        assert not cam(images).any()  # nothing speaks for any class
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_left_behind(method):
     model = make_model()
-    hooks = lambda: [h for m in model.modules() for h in m._forward_hooks.values()]
+    hooks = lambda: [1 for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 > 0)
         parameter.grad = torch.full_like(parameter, i)
@@ -126,6 +109,52 @@ def test_nothing_is_left_behind(method):
         assert parameter.requires_grad == (i % 3 > 0) and (parameter.grad == i).all()
 
 
+@pytest.mark.parametrize("method", gradcam.MASK_METHODS)
+def test_masked_gradients_of_a_linear_network(method):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    images, targets, others = noise(4), torch.tensor([3, 2, 1, 0]), torch.tensor([0, 1, 2, 3])
+    maps = explain(model, "image", method, images, targets, others, normalize=False)
+    weights = model[1].weight.detach().view(4, 3, 32, 32)
+    weights = weights[targets] - (method == "contrast") * weights[others]
+    change = images - faithfulness.blur(images, 4) / 2  # half of the replacements are the mean
+    expected = faithfulness.blur((weights * change).sum(1).relu(), 1)  # the Shapley values
+    assert torch.allclose(maps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_of_a_cnn_of_another_size(method):
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(245, 3))
+    with pytest.raises(RuntimeError), GradCAM(model, "1", method=method) as cam:
+        assert cam(torch.rand(2, 1, 9, 9)).shape == (2, 9, 9)
+        cam(torch.rand(2, 1, 8, 8))  # refused by the last layer
+    assert not model[1]._forward_hooks
+
+
+def test_finercam_is_the_gradient_of_a_difference():
+    model, images, others = make_model(), noise(3), torch.tensor([5, 6, 7])
+    maps = explain(model, LAYER, "finercam", images, others - 4, others)
+    model.head.weight.data[1:4] -= model.head.weight.data[5:8]
+    expected = explain(model, LAYER, "hirescam", images, others - 4)
+    assert torch.allclose(maps, expected, atol=1e-4)
+
+
+def test_imputed_pixels_are_means_of_their_neighbors():
+    ramp = torch.arange(8.0).expand(2, 1, 8, 8) + torch.arange(8.0)[:, None]
+    removed = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    removed[:, :, 2:5, 3:6] = True  # a linear function is its own mean
+    assert torch.allclose(faithfulness.impute(ramp.where(~removed, 99), removed), ramp, atol=1e-4)
+
+
+def test_randomization_of_known_maps():
+    of_images = lambda model, images: images.mean(1)
+    of_weights = lambda model, images: model.stem.proj.weight[:2, :225].detach().view(2, 15, 15)
+    for explain, expected in ((of_images, 1), (of_weights, 0)):
+        generator = torch.Generator().manual_seed(0)
+        results = faithfulness.randomization(explain, make_model(), noise(2), generator)
+        for name, value in (("mprt", expected), ("smprt", expected), ("emprt", 0)):
+            assert results[name].tolist() == pytest.approx([value] * 2, abs=0.2)
+
+
 def test_layers_without_a_grid():
     model = make_model()
     assert is_spatial((1, 2, 2)) and not is_spatial((64, 33, 1)) and not is_spatial((33, 64))
@@ -137,7 +166,7 @@ def test_layers_without_a_grid():
 def test_baselines_do_not_know_the_network():
     images = torch.zeros(3, 3, 32, 32)
     images[:, :, :, 20:] = 1.0  # an edge between columns 19 and 20
-    maps = gradcam.baselines(images, (16, 16), torch.Generator().manual_seed(0))
+    maps = faithfulness.baselines(images, torch.Generator().manual_seed(0))
     assert list(maps) == BASELINES
     assert all(m.shape == (3, 32, 32) and m.min() >= 0 and m.max() <= 1 for m in maps.values())
     assert not gradcam.normalize_map(upsampled(torch.full((2, 15, 13), 0.1))).any()  # rounding
@@ -156,7 +185,9 @@ def test_insertion_and_deletion_are_loops_over_images_and_steps():
     bell = (-square / (2 * faithfulness.BLUR_STD**2)).exp()
     bell /= bell.sum(1, keepdim=True)
     blurred = torch.einsum("yv,xu,bcvu->bcyx", bell, bell, images)
-    replaced = {"insertion": (blurred, images), "deletion": (images, torch.zeros_like(images))}
+    mean = torch.zeros_like(images)
+    replaced = {"insertion": (blurred, images), "deletion": (images, mean)}
+    replaced |= {"insertion_mean": (mean, images), "deletion_blur": (images, blurred)}
     for i, (name, (start, end)) in itertools.product(range(3), replaced.items()):
         order = saliency[i].flatten().argsort(descending=True)
         image, values = start[i].clone().flatten(1), []
@@ -166,8 +197,9 @@ def test_insertion_and_deletion_are_loops_over_images_and_steps():
             values.append(score(image.view(1, 3, S, S)).item())
         area = (sum(values) - (values[0] + values[-1]) / 2) / steps
         assert results[name][i].item() == pytest.approx(area, abs=1e-5)
-    assert set(results) == set(faithfulness.MEASURES) and results["pointing"].tolist() == [1, 1, 1]
-    assert set(faithfulness.evaluate(saliency, images, None, score, generator)) == set(replaced)
+    assert "inside_off_center" in results and results["pointing"].tolist() == [1, 1, 1]
+    without_masks = faithfulness.evaluate(saliency, images, None, score, generator)
+    assert set(without_masks) == {*replaced, "road"}
 
 
 def test_ties_are_in_random_order():
@@ -176,7 +208,7 @@ def test_ties_are_in_random_order():
     score = lambda images: seen.append(images[:, 0]) or torch.zeros(len(images))
     generator = torch.Generator().manual_seed(0)
     faithfulness.perturbation_curve(score, 0 * end, end, saliency, generator)
-    assert (seen[1][:, 7, 7] == 1).all() and (seen[1].sum((1, 2)) == 2).all()
+    assert (seen[1][:, 7, 7] == 1).all() and (seen[1].sum((1, 2)) == 4).all()
     half = seen[faithfulness.STEPS // 2].mean(0).flatten()[:63]
     assert half.min() > 0.35 and half.max() < 0.65
 
@@ -266,6 +298,7 @@ def draw(ckpt, invoke, monkeypatch):
 
 @pytest.mark.parametrize("flags", ["--n 9", "--correct", "--class star", "--target ring"])
 def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
+    flags += " --method hirescam"
     (images, titles, maps, captions, names, _), out = draw(flags, "--precision bf16")
     model, normalize = make_model(), Normalize(small.mean, small.std, "cpu")
     logits = model(normalize(images)).detach()
@@ -275,16 +308,17 @@ def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
         actual, target = small.test_labels[index].item(), SHAPE_NAMES.index("ring")
         choices = {"predicted": predicted, "second": second, "actual": actual, "target": target}
         assert title == SHAPE_NAMES[actual] and (predicted == actual) == ("--correct" in flags)
-        for saliency, caption, name in zip(maps[i], captions[i], names, strict=True):
-            k = choices[name]
-            assert caption == f"{100 * logits[i].softmax(0)[k]:.0f} % {SHAPE_NAMES[k]}"
-            expected = explain(model, LAYER, "hirescam", normalize(images[[i]]), torch.tensor([k]))
-            assert torch.allclose(saliency, expected[0], atol=1e-4)
+        raw = []
+        for caption, name in zip(captions[i], names, strict=True):
+            k = torch.tensor([choices[name]])
+            assert caption == f"{100 * logits[i].softmax(0)[k].item():.0f} % {SHAPE_NAMES[k]}"
+            raw += explain(model, LAYER, "hirescam", normalize(images[[i]]), k, normalize=False)
+        assert torch.allclose(maps[i], torch.stack(raw) / torch.stack(raw).max(), atol=1e-4)
     assert len(titles) in (3, 9) and len(names) == (1 if "--target" in flags else 2)
     # Classes take turns; fresh weights predict one class only.
     expected = {"--class": {"star"}, "--correct": {"triangle"}}.get(flags.split()[0])
     assert set(titles) == expected if expected else len(set(titles)) == len(titles)
-    if flags == "--correct":
+    if "--correct" in flags:
         assert draw(flags, "--seed 1")[1] == out != draw(flags, "--seed 2")[1]
     assert sorted(path.name for path in ckpt.parent.iterdir()) == ["best.pt", "gradcam.png"]
 
@@ -298,7 +332,8 @@ def test_image_files(tmp_path, draw):
     assert maps.shape == (2, 3, 32, 32) and args[1] == ["wide\\x1b.png", "small.jpg"]
     assert f"wide\\x1b.png: 1st {caption[0]}, 2nd {caption[1]}, 3rd {caption[2]}\n" in out
     raw = torch.from_numpy(np.load(tmp_path / "maps.npy"))
-    assert torch.equal(gradcam.normalize_map(raw), maps) and not torch.equal(raw, maps)
+    scaled = raw / raw.amax((1, 2, 3), keepdim=True)
+    assert torch.equal(scaled, maps) and not torch.equal(raw, maps)
 
 
 def test_metrics(ckpt, tmp_path, invoke, monkeypatch):
@@ -309,19 +344,19 @@ def test_metrics(ckpt, tmp_path, invoke, monkeypatch):
     rows = read_csv(tmp_path / "gradcam_metrics.csv")
     assert [row["map"] for row in rows] == [*BASELINES, *METHODS] and rows[0]["n"] == "20"
     assert invoke(gradcam, args)[1] == out
-    assert "attention" not in invoke(gradcam, [*args, "--layer", "stem.gelu1"])[1]
+    assert rows[-1]["mprt"] and not rows[0]["mprt"]  # baselines do not know the weights
 
 
 def test_list_layers(ckpt, invoke):
     status, out, _ = invoke(gradcam, ["--ckpt", ckpt, "--list-layers"])
     layers = [line.split()[0] for line in out.splitlines() if line.endswith("has a grid")]
-    assert status == 0 and layers == ["stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"]
+    assert status == 0
+    assert layers == ["image", "stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"]
     assert "blocks.0.attention.qkv       (33, 192)      no grid" in out.splitlines()
 
 
 @pytest.mark.parametrize("args, status, message", [
-    ("--layer blocks.0", 2, "hirescam explains stem.conv1, stem.gelu1, stem.conv2, stem.gelu2"),
-    ("--layer stem.gelu1 --method attention", 2, "attention explains stem.conv2, stem.gelu2"),
+    ("--layer blocks.0", 2, "layers with a grid are image, stem.conv1, stem.gelu1, stem"),
     ("--n 101", 2, "--n 101: shapes has "),
     ("--metrics 101", 2, "--metrics 101: it takes 2 to 100 test images of shapes"),
     ("--metrics 1", 2, "--metrics 1: "),
