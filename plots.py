@@ -2,7 +2,7 @@
 
 import warnings
 
-from matplotlib import rc_context, rcParams
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def show_image(ax, image, title=""):
     ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     inches = ax.get_position().width * ax.figure.get_size_inches()[0]
-    ax.set_title(truncate(title, int(171 / rcParams["axes.titlesize"] * inches)))
+    ax.set_title(truncate(title, int(19 * inches)))
 
 
 @styled
@@ -127,7 +127,7 @@ def image_grid(images, captions, title):
 
 
 @styled
-@rc_context({"axes.titlesize": 11, "font.size": 11})  # to be read where the figure is a column wide
+@rc_context({"axes.titlesize": 10, "font.size": 10})  # to be read where the figure is a column wide
 def heat_maps(images, titles, maps, captions, target_names, title):
     """Images uint8 (n, 3, S, S), each beside M saliency maps (n, M, S, S; [0, 1]) laid over it.
 
@@ -143,7 +143,8 @@ def heat_maps(images, titles, maps, captions, target_names, title):
     fig, axes = new_figure(width, height, title, *grid, squeeze=False, width_ratios=ratios)
     for ax in axes.flat:
         ax.set_axis_off()
-    options = {"cmap": "cividis", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+    # Of even lightness steps, also for the color-blind; cividis is as gray as the images.
+    options = {"cmap": "viridis", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
     for i in range(n):
         ax, *map_axes = axes[i // across, i % across * (2 + M) :][: 1 + M]
         show_image(ax, images[i], titles[i])
@@ -151,10 +152,10 @@ def heat_maps(images, titles, maps, captions, target_names, title):
         for ax, saliency, name, caption in zip(map_axes, maps[i], target_names, captions[i]):
             show_image(ax, gray, f"{name}\n{caption}")
             saliency = saliency.cpu().numpy()  # where it is 0 the image is seen
-            ax.imshow(saliency, alpha=0.9 * saliency, **options)
+            ax.imshow(saliency, alpha=0.9 * saliency**0.5, **options)
     fig.colorbar(
-        ScalarMappable(cmap="cividis"), ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02,
-        ticks=[0, 0.5, 1], label="saliency, relative to the maximum of the maps of an image",
+        ScalarMappable(cmap="viridis"), ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02,
+        ticks=[0, 0.5, 1], label="saliency, relative to the maximum of an image's maps",
     )  # fmt: skip
     return fig
 
