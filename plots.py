@@ -128,8 +128,11 @@ def image_grid(images, captions, title):
 
 
 @styled
+@rc_context({"axes.titlesize": 10, "font.size": 10})  # to be read where the figure is a column wide
 def heat_maps(images, titles, maps, captions, target_names, title):
     """Images uint8 (n, 3, S, S), each beside M saliency maps (n, M, S, S; [0, 1]) laid over it.
+
+    The maps of an image have one scale: the larger value is the stronger evidence.
 
     `titles` name the n images, `target_names` the M maps, `captions` are n lists of M.
     """
@@ -137,11 +140,12 @@ def heat_maps(images, titles, maps, captions, target_names, title):
     across = 2 if M < 3 and n > 1 else 1  # images a row
     ratios = (([1] * (1 + M) + [0.1]) * across)[:-1]  # a narrow empty column between two images
     width, rows = 7.5, -(-n // across)
-    height, grid = 1 + rows * (width / sum(ratios) + 0.37), (rows, len(ratios))
+    height, grid = 1.1 + rows * (width / sum(ratios) + 0.45), (rows, len(ratios))
     fig, axes = new_figure(width, height, title, *grid, squeeze=False, width_ratios=ratios)
     for ax in axes.flat:
         ax.set_axis_off()
-    options = {"cmap": "plasma", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+    # Of even lightness steps, also for the color-blind; cividis is as gray as the images.
+    options = {"cmap": "viridis", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
     for i in range(n):
         ax, *map_axes = axes[i // across, i % across * (2 + M) :][: 1 + M]
         show_image(ax, images[i], titles[i])
@@ -149,10 +153,10 @@ def heat_maps(images, titles, maps, captions, target_names, title):
         for ax, saliency, name, caption in zip(map_axes, maps[i], target_names, captions[i]):
             show_image(ax, gray, f"{name}\n{caption}")
             saliency = saliency.cpu().numpy()  # where it is 0 the image is seen
-            ax.imshow(saliency, alpha=0.9 * saliency, **options)
+            ax.imshow(saliency, alpha=0.9 * saliency**0.5, **options)
     fig.colorbar(
-        ScalarMappable(cmap="plasma"), ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02,
-        ticks=[0, 0.5, 1], label="saliency, relative to the maximum of each map; 0 is transparent",
+        ScalarMappable(cmap="viridis"), ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02,
+        ticks=[0, 0.5, 1], label="saliency, relative to the maximum of an image's maps",
     )  # fmt: skip
     return fig
 

@@ -78,16 +78,9 @@ def convs_as_matmul(stem, images):
 class ScaledDotProductAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v for q (B H, T or 1, D), k and v (B H, T, D)."""
 
-    def __init__(self, heads):
-        super().__init__()
-        self.heads = heads
-
-    def attention_weights(self, q, k):
-        """(B H, T or 1, T), rows of sum 1."""
-        return torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(dim=-1)
-
     def forward(self, q, k, v):
-        return torch.bmm(self.attention_weights(q, k), v)
+        weights = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(dim=-1)
+        return torch.bmm(weights, v)  # (B H, T or 1, T) x (B H, T, D) -> (B H, T or 1, D)
 
 
 class Attention(nn.Module):
@@ -101,7 +94,7 @@ class Attention(nn.Module):
         self.heads, self.inner_dim, self.cls_only = heads, heads * dim_head, cls_only
         self.norm = nn.LayerNorm(dim)
         self.qkv = Conv1x1(dim, 3 * self.inner_dim, bias=False)  # q, k, v, each (H, D)
-        self.attend = ScaledDotProductAttention(heads)
+        self.attend = ScaledDotProductAttention()
         self.out = Conv1x1(self.inner_dim, dim, bias=False)
 
     def split_heads(self, x):

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 import plots  # noqa: E402
 from cli import Parser, RunError, atomic_write, markdown_table, read_csv, run_script  # noqa: E402
+from faithfulness import LOW_IS_GOOD  # noqa: E402
 
 READING_LIST = ("vit.py", "augment.py", "schedule.py", "trainer.py")
 
@@ -41,9 +42,9 @@ def unique(rows, name):
     return list(dict.fromkeys(row[name] for row in rows))
 
 
-def mean_std(values):
-    std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{std}"
+def mean_std(values, digits=2):
+    std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{std}"
 
 
 def seconds(runs):
@@ -133,17 +134,23 @@ def lr_study():
 
 
 def saliency():
-    """Measures of every saliency map, the best of each column in bold."""
-    files = {k: read_csv(RESULTS / "gradcam" / f"{k}.csv") for k in ("cifar10-jpeg", "shapes")}
-    rows = [{"map": name} for name in unique(files["shapes"], "map")]
-    columns = [(m, d) for d in files for m in ("insertion", "deletion")]
-    for measure, data in (*columns, ("pointing", "shapes"), ("inside", "shapes")):
-        best, arrow = (min, "↓") if measure == "deletion" else (max, "↑")
-        values, errors = (column(files[data], k) for k in (measure, f"{measure}_se"))
-        for row, value, error in zip(rows, values, errors):
-            bold = "**" * (value == best(values))
-            row[f"{measure} {arrow}, {data}"] = f"{bold}{value:.3f} ± {error:.3f}{bold}"
-    return table(rows)
+    """Measures of every saliency map, mean ± std over networks; the best of each is bold."""
+    tables = []
+    for data in ("cifar10-jpeg", "shapes"):
+        paths = sorted((RESULTS / "gradcam").glob(f"{data}-*.csv"))
+        networks = [row for path in paths for row in read_csv(path)]
+        rows = [{"map": name} for name in unique(networks, "map")]
+        for name in (key[:-3] for key in networks[0] if key.endswith("_se")):
+            best, arrow = (min, "↓") if name in LOW_IS_GOOD else (max, "↑")
+            groups = [[r for r in networks if r["map"] == row["map"] and r[name]] for row in rows]
+            values = [column(group, name) for group in groups]  # none where it is not defined
+            top = best(statistics.mean(found) for found in values if found)
+            for row, found in zip(rows, values):
+                bold = "**" * (found != [] and statistics.mean(found) == top)
+                key = f"{name.replace('_', ' ')} {arrow}"
+                row[key] = f"{bold}{mean_std(found, 3)}{bold}" if found else ""
+        tables.append(f"`{data}`, n = {networks[0]['n']}, {len(paths)} networks\n\n{table(rows)}")
+    return "\n\n".join(tables)
 
 
 def speed():

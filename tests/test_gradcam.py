@@ -17,10 +17,14 @@ import plots
 from augment import Normalize
 from cli import read_csv
 from gradcam import LAYER, METHODS, GradCAM, is_spatial
-from runtime import Runtime
 from sources import SHAPE_NAMES
 
 BASELINES = ["random pixels", "random grid", "center", "edges"]
+
+
+@pytest.fixture(autouse=True)
+def few_masks(monkeypatch):
+    monkeypatch.setattr(gradcam, "NUM_MASKS", 4)
 
 
 def noise(count, seed=0):
@@ -49,6 +53,7 @@ def test_maps_of_a_linear_head():
     activations, weights = features(images).detach(), model[2].weight[targets].detach()
     weights = weights.view(4, 5, 16, 16)
     factors = {"hirescam": weights, "gradcam": weights.mean((2, 3), keepdim=True)}
+    factors["layercam"] = weights.relu()
     for method, factor in factors.items():
         expected = (factor * activations).sum(1)
         raw = explain(model, "0.1", method, images, targets, normalize=False)
@@ -71,20 +76,6 @@ def test_gradcam_plus_plus_is_its_formula():
     assert torch.allclose(gradcam.gradcam_plus_plus(activations, gradients), expected, rtol=1e-10)
 
 
-def test_attention_maps_are_weighted_token_maps():
-    model, images, flow = make_model(), noise(3), torch.eye(33)
-    x = torch.cat([model.cls_token.expand(3, -1, -1), model.stem(images)], 1) + model.pos_embedding
-    for block in model.blocks:
-        q, k, _ = block.attention.qkv(block.attention.norm(x)).view(3, 33, 3, 4, 16).unbind(2)
-        weights = (torch.einsum("bihd,bjhd->bhij", q, k) / 4).softmax(-1).mean(1)  # (3, 33, 33)
-        flow = (weights + torch.eye(33)) / 2 @ flow
-        x = block(x)
-    stem = model.stem
-    tokens = stem.gelu2(stem.conv2(stem.gelu1(stem.conv1(images))))
-    expected = unit(torch.einsum("bc,bchw->bhw", flow[:, 0, 1:], tokens))
-    assert torch.allclose(explain(model, LAYER, "attention", images), expected, atol=1e-4)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_and_targets(method):
     model, images, targets = make_model(), noise(5), torch.tensor([0, 4, 9, 2, 2])
@@ -94,44 +85,101 @@ def test_batches_and_targets(method):
         assert maps.shape == (5, 32, 32) and torch.allclose(maps, alone, atol=1e-4)
         assert maps.amin((1, 2)).tolist() == [0] * 5 and maps.amax((1, 2)).tolist() == [1] * 5
         assert torch.equal(cam(images), cam(images, predicted))
-        same = torch.equal(cam(images), cam(images, (predicted + 1) % 10))
-        assert same == (method == "attention")
+        assert not torch.equal(cam(images), cam(images, (predicted + 1) % 10))
         model.head.weight.zero_()
-        assert cam(images).any() == (method == "attention")  # nothing speaks for any class
+        assert not cam(images).any()  # nothing speaks for any class
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_left_behind(method):
     model = make_model()
+    hooks = lambda: [1 for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 > 0)
         parameter.grad = torch.full_like(parameter, i)
-    explain(model, LAYER, method, noise(2))
-    with pytest.raises(ValueError, match="16"):  # by the network, within the block
-        explain(model, LAYER, method, torch.zeros(1, 3, 16, 16))
-    assert not any(module._forward_hooks for module in model.modules())
+    for images in (noise(2), torch.zeros(1, 3, 16, 16)):  # the second is refused by the network
+        try:
+            with GradCAM(model, method=method) as cam:
+                assert hooks() or method == "combined"  # which has them in the call
+                cam(images)
+        except ValueError as error:
+            assert "16" in str(error)
+        assert not hooks()
     for i, parameter in enumerate(model.parameters()):
         assert parameter.requires_grad == (i % 3 > 0) and (parameter.grad == i).all()
 
 
-def test_layers_that_a_method_cannot_explain():
+@pytest.mark.parametrize("method", gradcam.MASK_METHODS)
+def test_masked_gradients_of_a_linear_network(method):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    images, targets, others = noise(4), torch.tensor([3, 2, 1, 0]), torch.tensor([0, 1, 2, 3])
+    maps = explain(model, "image", method, images, targets, others, normalize=False)
+    weights = model[1].weight.detach().view(4, 3, 32, 32)
+    weights = weights[targets] - (method == "contrast") * weights[others]
+    change = images - faithfulness.blur(images, 4) / 2  # half of the replacements are the mean
+    expected = faithfulness.blur((weights * change).sum(1).relu(), 1)  # the Shapley values
+    assert torch.allclose(maps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_of_a_cnn_of_another_size(method):
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(245, 3))
+    with pytest.raises(RuntimeError), GradCAM(model, "1", method=method) as cam:
+        assert cam(torch.rand(2, 1, 9, 9)).shape == (2, 9, 9)
+        cam(torch.rand(2, 1, 8, 8))  # refused by the last layer
+    assert not model[1]._forward_hooks
+
+
+def test_finercam_is_the_gradient_of_a_difference():
+    model, images, others = make_model(), noise(3), torch.tensor([5, 6, 7])
+    maps = explain(model, LAYER, "finercam", images, others - 4, others)
+    model.head.weight.data[1:4] -= model.head.weight.data[5:8]
+    expected = explain(model, LAYER, "hirescam", images, others - 4)
+    assert torch.allclose(maps, expected, atol=1e-4)
+
+
+def test_combined_is_a_weighted_product():
+    model, images = make_model(), noise(3)
+    fine = explain(model, "image", "masked-gradients", images, normalize=False)
+    expected = fine * (0.5 + explain(model, LAYER, "gradcam++", images))
+    maps = explain(model, LAYER, "combined", images, normalize=False)
+    assert torch.allclose(maps, expected, rtol=1e-3)
+
+
+def test_imputed_pixels_are_means_of_their_neighbors():
+    ramp = torch.arange(8.0).expand(2, 1, 8, 8) + torch.arange(8.0)[:, None]
+    removed = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    removed[:, :, 2:5, 3:6] = True  # a linear function is its own mean
+    assert torch.allclose(faithfulness.impute(ramp.where(~removed, 99), removed), ramp, atol=1e-4)
+
+
+def test_randomization_of_known_maps():
+    of_images = lambda model, images: images.mean(1)
+    of_weights = lambda model, images: model.stem.proj.weight[:2, :225].detach().view(2, 15, 15)
+    for explain, expected in ((of_images, 1), (of_weights, 0)):
+        generator = torch.Generator().manual_seed(0)
+        results = faithfulness.randomization(explain, make_model(), noise(2), generator)
+        for name, value in (("mprt", expected), ("smprt", expected), ("emprt", 0)):
+            assert results[name].tolist() == pytest.approx([value] * 2, abs=0.2)
+
+
+def test_layers_without_a_grid():
+    model = make_model()
+    assert is_spatial((1, 2, 2)) and not is_spatial((64, 33, 1)) and not is_spatial((33, 64))
     for layer in ("blocks.0.attention.qkv", "stem", "head"):
         with pytest.raises(ValueError, match=f"layer '{layer}' outputs .* no grid"):
-            explain(make_model(), layer, "gradcam", noise(1))
-    with pytest.raises(ValueError, match="stem.conv2 and stem.gelu2"):
-        GradCAM(make_model(), "stem.gelu1", "attention")
-    assert is_spatial((1, 2, 2)) and not is_spatial((64, 33, 1)) and not is_spatial((33, 64))
+            explain(model, layer, "gradcam", noise(1))
 
 
 def test_baselines_do_not_know_the_network():
     images = torch.zeros(3, 3, 32, 32)
     images[:, :, :, 20:] = 1.0  # an edge between columns 19 and 20
-    maps = gradcam.baselines(images, (16, 16), torch.Generator().manual_seed(0))
+    maps = faithfulness.baselines(images, torch.Generator().manual_seed(0))
     assert list(maps) == BASELINES
     assert all(m.shape == (3, 32, 32) and m.min() >= 0 and m.max() <= 1 for m in maps.values())
+    assert not gradcam.normalize_map(upsampled(torch.full((2, 15, 13), 0.1))).any()  # rounding
     assert maps["edges"][0].nonzero()[:, 1].unique().tolist() == [19, 20]
     assert (maps["center"][0] == 1).nonzero().unique().tolist() == [15, 16]
-    assert not gradcam.normalize_map(upsampled(torch.full((2, 15, 13), 0.1))).any()  # rounding
     assert not any(torch.equal(*maps[name][:2]) for name in ("random grid", "random pixels"))
 
 
@@ -145,7 +193,9 @@ def test_insertion_and_deletion_are_loops_over_images_and_steps():
     bell = (-square / (2 * faithfulness.BLUR_STD**2)).exp()
     bell /= bell.sum(1, keepdim=True)
     blurred = torch.einsum("yv,xu,bcvu->bcyx", bell, bell, images)
-    replaced = {"insertion": (blurred, images), "deletion": (images, torch.zeros_like(images))}
+    mean = torch.zeros_like(images)
+    replaced = {"insertion": (blurred, images), "deletion": (images, mean)}
+    replaced |= {"insertion_mean": (mean, images), "deletion_blur": (images, blurred)}
     for i, (name, (start, end)) in itertools.product(range(3), replaced.items()):
         order = saliency[i].flatten().argsort(descending=True)
         image, values = start[i].clone().flatten(1), []
@@ -155,8 +205,11 @@ def test_insertion_and_deletion_are_loops_over_images_and_steps():
             values.append(score(image.view(1, 3, S, S)).item())
         area = (sum(values) - (values[0] + values[-1]) / 2) / steps
         assert results[name][i].item() == pytest.approx(area, abs=1e-5)
-    assert set(results) == set(faithfulness.MEASURES) and results["pointing"].tolist() == [1, 1, 1]
-    assert set(faithfulness.evaluate(saliency, images, None, score, generator)) == set(replaced)
+    assert results["pointing"].tolist() == [1, 1, 1]
+    off_center = (saliency[:, 15:17, 15:17] <= 0.7).all((1, 2))
+    assert torch.equal(results["inside_off_center"], results["inside"][off_center])
+    without_masks = faithfulness.evaluate(saliency, images, None, score, generator)
+    assert set(without_masks) == {*replaced, "road"}
 
 
 def test_ties_are_in_random_order():
@@ -165,7 +218,7 @@ def test_ties_are_in_random_order():
     score = lambda images: seen.append(images[:, 0]) or torch.zeros(len(images))
     generator = torch.Generator().manual_seed(0)
     faithfulness.perturbation_curve(score, 0 * end, end, saliency, generator)
-    assert (seen[1][:, 7, 7] == 1).all() and (seen[1].sum((1, 2)) == 2).all()
+    assert (seen[1][:, 7, 7] == 1).all() and (seen[1].sum((1, 2)) == 4).all()
     half = seen[faithfulness.STEPS // 2].mean(0).flatten()[:63]
     assert half.min() > 0.35 and half.max() < 0.65
 
@@ -184,23 +237,13 @@ def test_pointing_games():
 
 def test_summary_is_mean_and_standard_error():
     rows = faithfulness.summarize({"a": {"insertion": torch.tensor([1.0, 2.0, 3.0, 4.0])}}, n=4)
-    mean, error = {"n": 4, "map": "a", "insertion": 2.5}, pytest.approx(0.645497)
-    assert rows == [{**mean, "insertion_se": error}]
+    assert rows[0] == {
+        "n": 4,
+        "map": "a",
+        "insertion": 2.5,
+        "insertion_se": pytest.approx(0.645497),
+    }
     assert faithfulness.table(rows).splitlines()[2] == "| a | 2.500 +- 0.645 |"
-
-
-def test_all_methods_are_measured_on_predicted_classes(small, monkeypatch):
-    monkeypatch.setattr(gradcam, "BATCH_SIZE", 20)
-    measure = lambda saliency, images, masks, score, generator: (saliency, score(images))
-    monkeypatch.setattr(faithfulness, "evaluate", measure)
-    model, generator = make_model(), torch.Generator().manual_seed(0)
-    images = Normalize(small.mean, small.std, "cpu")(small.test_images[:50])
-    results = gradcam.evaluate_maps(model, Runtime("cpu", "fp32"), LAYER, images, None, generator)
-    probabilities = model(images).softmax(1).amax(1)
-    for method in METHODS:
-        maps, scores = results[method]
-        assert torch.allclose(maps, explain(model, LAYER, method, images), atol=1e-4)
-        assert torch.allclose(scores, probabilities, atol=1e-5)
 
 
 @pytest.fixture
@@ -225,6 +268,7 @@ def draw(ckpt, succeeds, monkeypatch):
 
 @pytest.mark.parametrize("flags", ["--n 9", "--correct", "--class star", "--target ring"])
 def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
+    flags += " --method hirescam"
     (images, titles, maps, captions, names, _), out = draw(f"{flags} --precision bf16")
     model, normalize = make_model(), Normalize(small.mean, small.std, "cpu")
     logits = model(normalize(images)).detach()
@@ -234,17 +278,18 @@ def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
         actual, target = small.test_labels[index].item(), SHAPE_NAMES.index("ring")
         choices = {"predicted": predicted, "second": second, "actual": actual, "target": target}
         assert title == SHAPE_NAMES[actual] and (predicted == actual) == ("--correct" in flags)
-        for saliency, caption, name in zip(maps[i], captions[i], names, strict=True):
-            k = choices[name]
-            assert caption == f"{100 * logits[i].softmax(0)[k]:.0f} % {SHAPE_NAMES[k]}"
-            expected = explain(model, LAYER, "hirescam", normalize(images[[i]]), torch.tensor([k]))
-            assert torch.allclose(saliency, expected[0], atol=1e-4)
+        raw = []
+        for caption, name in zip(captions[i], names, strict=True):
+            k = torch.tensor([choices[name]])
+            assert caption == f"{100 * logits[i].softmax(0)[k].item():.0f} % {SHAPE_NAMES[k]}"
+            raw += explain(model, LAYER, "hirescam", normalize(images[[i]]), k, normalize=False)
+        assert torch.allclose(maps[i], torch.stack(raw) / torch.stack(raw).max(), atol=1e-4)
     assert len(titles) in (3, 9) and len(names) == (1 if "--target" in flags else 2)
     # Classes take turns; fresh weights predict one class only.
-    only = {"--class star": {"star"}, "--correct": {"triangle"}}.get(flags)
-    assert set(titles) == only if only else len(set(titles)) == len(titles)
-    if flags == "--correct":
-        assert draw("--correct --seed 1")[1] == out != draw("--correct --seed 2")[1]
+    expected = {"--class": {"star"}, "--correct": {"triangle"}}.get(flags.split()[0])
+    assert set(titles) == expected if expected else len(set(titles)) == len(titles)
+    if "--correct" in flags:
+        assert draw(f"{flags} --seed 1")[1] == out != draw(f"{flags} --seed 2")[1]
     assert sorted(path.name for path in ckpt.parent.iterdir()) == ["best.pt", "gradcam.png"]
 
 
@@ -252,13 +297,13 @@ def test_image_files(tmp_path, draw):
     paths = [tmp_path / "wide\x1b.png", tmp_path / "small.jpg"]
     for path, size in zip(paths, [(300, 200), (8, 8)]):
         Image.new("RGB", size, (200, 30, 90)).save(path)
-    (_, names, maps, (caption, _), *_), out = draw(
-        f"--image {paths[0]} {paths[1]} --save-maps {tmp_path}/maps.npy"
-    )
+    args, out = draw(f"--image {paths[0]} {paths[1]} --save-maps {tmp_path}/maps.npy")
+    _, names, maps, (caption, _), *_ = args
     assert maps.shape == (2, 3, 32, 32) and names == ["wide\\x1b.png", "small.jpg"]
     assert f"wide\\x1b.png: 1st {caption[0]}, 2nd {caption[1]}, 3rd {caption[2]}\n" in out
     raw = torch.from_numpy(np.load(tmp_path / "maps.npy"))
-    assert torch.equal(gradcam.normalize_map(raw), maps) and not torch.equal(raw, maps)
+    scaled = raw / raw.amax((1, 2, 3), keepdim=True)
+    assert torch.equal(scaled, maps) and not torch.equal(raw, maps)
 
 
 def test_metrics(ckpt, tmp_path, succeeds, monkeypatch):
@@ -269,19 +314,18 @@ def test_metrics(ckpt, tmp_path, succeeds, monkeypatch):
     rows = read_csv(tmp_path / "gradcam_metrics.csv")
     assert [row["map"] for row in rows] == [*BASELINES, *METHODS] and rows[0]["n"] == "20"
     assert succeeds(gradcam, args) == out
-    assert "attention" not in succeeds(gradcam, [*args, "--layer", "stem.gelu1"])
+    assert rows[-1]["mprt"] and not rows[0]["mprt"]  # baselines do not know the weights
 
 
 def test_list_layers(ckpt, succeeds):
     lines = succeeds(gradcam, ["--ckpt", ckpt, "--list-layers"]).splitlines()
     layers = [line.split()[0] for line in lines if line.endswith("has a grid")]
-    assert layers == ["stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"]
+    assert layers == ["image", "stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"]
     assert "blocks.0.attention.qkv       (33, 192)      no grid" in lines
 
 
 @pytest.mark.parametrize("args, message", [
-    ("--layer blocks.0", "hirescam explains stem.conv1, stem.gelu1, stem.conv2, stem.gelu2"),
-    ("--layer stem.gelu1 --method attention", "attention explains stem.conv2, stem.gelu2"),
+    ("--layer blocks.0", "layers with a grid are image, stem.conv1, stem.gelu1, stem"),
     ("--n 101", "--n 101: shapes has "),
     ("--metrics 101", "--metrics 101: it takes 2 to 100 test images of shapes"),
     ("--metrics --save-maps x.npy", "--metrics shows no images"),
