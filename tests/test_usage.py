@@ -54,6 +54,7 @@ WRONG_COMMANDS = [
     (train, ["--out", "/dev/null/x"], "--out /dev/null/x"),
     (train, ["--out", HERE], "--out"),
     (train, ["--out", "dangling"], "--out dangling"),
+    (train, ["--out", "taken"], "--out taken/best.pt: a directory"),
     (train, ["--resume", "empty"], "--resume empty: no last.pt there"),
     (data, ["--data", "shapes", "--out", "/dev/null/x"], "--out /dev/null"),
     (gradcam, ["--ckpt", "missing.pt"], "missing.pt: No such file"),
@@ -78,6 +79,7 @@ def test_a_wrong_command_is_one_line(command, tmp_path, small_shapes, monkeypatc
     module, args, message = command
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "taken" / "best.pt").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert message in fails(module, args)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
