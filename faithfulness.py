@@ -130,7 +130,6 @@ def impute(images, removed):
     index = torch.arange(S, device=images.device)
     near = ((index[:, None] - index).abs() <= 1) * (1 - 0.5 * (index[:, None] != index))  # (S, S)
     weights = torch.kron(near, near)  # (S S, S S)
-    weights.fill_diagonal_(0)
     laplacian = weights.sum(1).diag() - weights
     index = removed.flatten(1).nonzero()[:, 1].view(B, -1)  # (B, k)
     known = torch.where(removed, 0, images).flatten(2).transpose(1, 2)  # (B, S S, C)

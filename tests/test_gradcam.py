@@ -147,6 +147,13 @@ def test_combined_is_a_weighted_product():
 
 
 def test_imputed_pixels_are_means_of_their_neighbors():
+    images, removed = noise(2), torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    removed[:, :, 5, 5] = True
+    sides = images[:, :, 5, [4, 6]].sum(2) + images[:, :, [4, 6], 5].sum(2)
+    corners = images[:, :, 4:7, 4:7].sum((2, 3)) - sides - images[:, :, 5, 5]
+    imputed = faithfulness.impute(images, removed)
+    assert torch.allclose(imputed[:, :, 5, 5], sides / 6 + corners / 12, atol=1e-5)
+    assert torch.equal(imputed.where(~removed, 0), images.where(~removed, 0))
     ramp = torch.arange(8.0).expand(2, 1, 8, 8) + torch.arange(8.0)[:, None]
     removed = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     removed[:, :, 2:5, 3:6] = True  # a linear function is its own mean
