@@ -315,11 +315,12 @@ def test_image_files(tmp_path, draw):
 
 def test_metrics(ckpt, tmp_path, succeeds, monkeypatch):
     monkeypatch.setattr(faithfulness, "STEPS", 4)
-    args = ["--ckpt", ckpt, "--metrics", 20, "--out", tmp_path, "--seed", 3]
+    monkeypatch.setattr(gradcam, "SANITY_IMAGES", 2)
+    args = ["--ckpt", ckpt, "--metrics", 8, "--out", tmp_path, "--seed", 3]
     out = succeeds(gradcam, args)
     assert "| hirescam | 0." in out and out.isascii()
     rows = read_csv(tmp_path / "gradcam_metrics.csv")
-    assert [row["map"] for row in rows] == [*BASELINES, *METHODS] and rows[0]["n"] == "20"
+    assert [row["map"] for row in rows] == [*BASELINES, *METHODS] and rows[0]["n"] == "8"
     assert succeeds(gradcam, args) == out
     assert rows[-1]["mprt"] and not rows[0]["mprt"]  # baselines do not know the weights
 
