@@ -34,7 +34,7 @@ from trainer import load_checkpoint, predict
 
 IMAGE = "image"  # the layer name of what the network is given
 LAYER = "stem.gelu2"  # the last with rows and columns
-METHOD = "combined"  # best or nearly so in every measure; docs/gradcam.md
+METHOD = "combined"  # beats a blob in the center in every measure; docs/gradcam.md
 NUM_MASKS = 32  # for each replacement; 16 cost 0.04 of the pointing game on `shapes`, n = 200
 BATCH_SIZE = 250
 SANITY_IMAGES = 25  # of --metrics, for randomization: it takes six maps of each by each method

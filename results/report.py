@@ -141,13 +141,14 @@ def saliency():
         networks = [row for path in paths for row in read_csv(path)]
         rows = [{"map": name} for name in unique(networks, "map")]
         for name in (key[:-3] for key in networks[0] if key.endswith("_se")):
-            best, arrow = (min, "↓") if name in LOW_IS_GOOD else (max, "↑")
+            low = name in LOW_IS_GOOD
             groups = [[r for r in networks if r["map"] == row["map"] and r[name]] for row in rows]
             values = [column(group, name) for group in groups]  # none where it is not defined
-            top = best(statistics.mean(found) for found in values if found)
+            means = [statistics.mean(found) for found in values if found]
+            top = min(means, key=abs) if low else max(means)  # a correlation is best near 0
             for row, found in zip(rows, values):
                 bold = "**" * (found != [] and statistics.mean(found) == top)
-                key = f"{name.replace('_', ' ')} {arrow}"
+                key = f"{name.replace('_', ' ')} {'↓' if low else '↑'}"
                 row[key] = f"{bold}{mean_std(found, 3)}{bold}" if found else ""
         tables.append(f"`{data}`, n = {networks[0]['n']}, {len(paths)} networks\n\n{table(rows)}")
     return "\n\n".join(tables)
