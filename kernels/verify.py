@@ -32,7 +32,8 @@ def checked_step(trainer):
     if reason is None:
         return step
     if runtime.kernels == "triton" or runtime.precision == "fp16":
-        raise UsageError(f"--kernels triton: {reason}")
+        flag = "--kernels triton" if runtime.kernels == "triton" else "--precision fp16"
+        raise UsageError(f"{flag}: {reason}")
     print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
     return None
 
