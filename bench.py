@@ -170,11 +170,8 @@ def time_step(mode, precision, recipe, count, device):
 
 def time_variant(args, part, variant):
     """What was measured of a part, as a dict, or a line about what failed."""
-    recipe, device, (mode, _, precision) = (
-        RECIPES[args.recipe],
-        args.device,
-        variant.rpartition("-"),
-    )
+    recipe, device = RECIPES[args.recipe], args.device
+    mode, _, precision = variant.rpartition("-")
     try:
         dtype, n = Runtime(device.type, precision, "torch").dtype, SIDE[device.type]
         a, b, out = torch.randn(3, n, n, device=device).to(dtype)
@@ -228,9 +225,8 @@ def measure(calls, args, reference, machine):
 def make_row(key, samples, failures, reference):
     """A row of the table, nan where nothing was measured."""
     found = samples[key]
-    ratios = [a["ms"] / b["ms"] for a, b in zip(found, samples.get((key[0], reference), ()))] or [
-        NAN
-    ]
+    pairs = zip(found, samples.get((key[0], reference), ()))
+    ratios = [a["ms"] / b["ms"] for a, b in pairs] or [NAN]
     number = lambda name: median([sample[name] for sample in found] or [NAN])
     cells = {"error": "", "first_ms": ""} | (found[0] if found else {})
     return {

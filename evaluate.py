@@ -73,9 +73,8 @@ def classify(ckpt, images, device="auto"):
     if not torch.is_tensor(images):
         images = torch.stack([load_image(path) for path in images])
     if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(
-            f"images are {images.dtype} {tuple(images.shape)}, not uint8 (N, 3, 32, 32)"
-        )
+        shape = tuple(images.shape)
+        raise ValueError(f"images are {images.dtype} {shape}, not uint8 (N, 3, 32, 32)")
     normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)
     logits = predict(runtime, model, normalize, images.to(runtime.device))
     return ckpt["class_names"], logits.softmax(1)

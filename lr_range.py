@@ -12,7 +12,6 @@ import shlex
 import signal
 import statistics
 import time
-from bisect import bisect_left
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +95,7 @@ Suggestion = namedtuple("Suggestion", "lr reason")
 
 def suggest(history):
     """Suggestions by name from the history of a range test over an lr_grid; a pure function."""
-    names = "steepest", "minimum / 10", "best accuracy", "valley"
+    names = "steepest", "minimum / 10", "best accuracy"
     lrs, losses, smoothed = ([row[k] for row in history] for k in ("lr", "loss", "smoothed_loss"))
     if len(history) < 5:
         reason = f"{len(history)} lrs are too few for a suggestion"
@@ -112,29 +111,12 @@ def suggest(history):
     steepest = min(range(1, max(lowest, 2)), key=lambda k: smoothed[k + 1] - smoothed[k - 1])
     tenth = lrs[lowest] / 10, f"a tenth of {lrs[lowest]:.4g}, where the loss is lowest"
     best = max(history, key=lambda row: row["train_accuracy"])
-    first, last = longest_fall(smoothed[: lowest + 1])
-    span = f"the middle of the longest fall, {lrs[first]:.4g} to {lrs[last]:.4g}"
     found = (
         (lrs[steepest], "the smoothed loss falls fastest"),
         tenth if lowest < len(lrs) - 1 else (None, "the loss still falls at the last lr"),
         (best["lr"], f"train accuracy is highest, {best['train_accuracy']:.1f} %"),
-        (lrs[(first + last) // 2], span),
     )
     return {name: Suggestion(*pair) for name, pair in zip(names, found)}
-
-
-def longest_fall(values):
-    """(first, last) index of the longest strictly decreasing subsequence of a list."""
-    # Of the subsequences of each length, the highest last value, negated, and its index.
-    lasts, ends, before = [], [], []
-    for i, value in enumerate(values):
-        length = bisect_left(lasts, -value)
-        before.append(ends[length - 1] if length else None)
-        lasts[length : length + 1], ends[length : length + 1] = [-value], [i]
-    first = last = ends[-1]
-    while before[first] is not None:
-        first = before[first]
-    return first, last
 
 
 # --- short runs: which lrs to try, and what their losses say ---
@@ -327,8 +309,8 @@ def main():
     for name, (lr, reason) in suggestions.items():
         print(f"  {name:<14} {'none' if lr is None else f'{lr:.4g}':>9}  {reason}")
     fits, found = {}, None
-    if suggestions["valley"].lr is None:
-        print(f"nothing to recommend: {suggestions['valley'].reason}")
+    if suggestions["steepest"].lr is None:
+        print(f"nothing to recommend: {suggestions['steepest'].reason}")
     elif search.lengths and stop_reason != INTERRUPTED:
         edge = min(history, key=lambda row: row["smoothed_loss"])["lr"]
         try:

@@ -63,7 +63,7 @@ NAMES = ["$x_$", r"$\frac$", "\x1b[2J", "\udcff", "日本", "a\nb", "long name "
 IMAGES, MAPS = torch.zeros(11, 3, 32, 32, dtype=torch.uint8), torch.rand(11, 2, 32, 32)
 ROW = {"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "train_accuracy": 1.0, "val_accuracy": 1.0}
 SWEEP = [{"lr": 0.1**k, "loss": k, "smoothed_loss": k, "train_accuracy": k} for k in (9, 5, 1)]
-SUGGESTIONS = {"$x_$": SimpleNamespace(lr=0.01), "valley": SimpleNamespace(lr=None)}
+SUGGESTIONS = {"$x_$": SimpleNamespace(lr=0.01), "steepest": SimpleNamespace(lr=None)}
 FIGURES = {
     "confusion": (plots.confusion_matrix, torch.eye(11).long(), NAMES),
     "many": (plots.confusion_matrix, torch.eye(150).long(), NAMES[:10] * 15),
