@@ -33,7 +33,7 @@ HELD_OUT = 5000  # training images, or a tenth of fewer
 LENGTHS, NUM_LRS = (1, 3), (7, 4)  # of the two rounds of short runs: epochs, and how many lrs
 MIN_STEPS = 80  # a short run of fewer steps says little: small datasets have more epochs
 NOISE = 0.01  # of a short run's loss, relative, between seeds
-MAX_EXPONENT = 0.5  # noise in two minima, extrapolated, can be anything
+EXPONENT_STD, MAX_EXPONENT = 0.2, 0.5  # of the best lr by the length, before anything is measured
 INTERRUPTED = "stopped by Ctrl-C"
 
 
@@ -174,19 +174,21 @@ def fit_minimum(lrs, losses):
 def recommend(rows, epochs):
     """(Minimum for a run of `epochs`, {length: Minimum of the short runs}); a pure function.
 
-    The best lr is a power of the length, by the minima of the shortest and the longest runs, whose
-    exponent is held to [-MAX_EXPONENT, 0]; it is at most half the least lr that diverged.
+    The best lr is a power of the length. Its exponent is that between the minima of the shortest
+    and the longest runs, drawn to 0 as far as their errors ask for (a normal prior), and held to
+    [-MAX_EXPONENT, 0]. The lr is at most half the least lr that diverged.
     """
     fits = {}
     for length in sorted({row["epochs"] for row in rows}):
         points = [(row["lr"], row["val_loss"]) for row in rows if row["epochs"] == length]
         fits[length] = fit_minimum(*zip(*points))
     (short, first), *_, (long, last) = fits.items()
-    octaves = [math.log2(fit.high / fit.low) / 2 if fit.low else math.inf for fit in (first, last)]
-    error = min(math.hypot(*octaves) / math.log2(long / short), MAX_EXPONENT)  # of the exponent
-    exponent = math.log(last.lr / first.lr) / math.log(long / short)
-    shift = (epochs / long) ** min(max(exponent, -MAX_EXPONENT), 0.0)
-    factor = max(epochs / long, long / epochs) ** error
+    errors = [math.log(fit.high / fit.low) / 4 if fit.low else math.inf for fit in (first, last)]
+    error, exponent = math.hypot(*errors), math.log(last.lr / first.lr)
+    weight = 1 / (1 + (error / math.log(long / short) / EXPONENT_STD) ** 2)
+    exponent = min(max(weight * exponent / math.log(long / short), -MAX_EXPONENT), 0.0)
+    shift = (epochs / long) ** exponent
+    factor = max(epochs / long, long / epochs) ** (2 * EXPONENT_STD * math.sqrt(1 - weight))
     diverged = min((row["lr"] for row in rows if math.isinf(row["val_loss"])), default=math.inf)
     lr, high = min(shift * last.lr, diverged / 2), min(shift * last.high * factor, diverged)
     return Minimum(lr, min(lr, shift * last.low / factor), high), fits
