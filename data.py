@@ -47,7 +47,7 @@ class Dataset:
     """Images uint8 (N, 3, 32, 32) and labels int64 (N,) on one device; load(spec) gives it again.
 
     mean and std of the training images are on the scale [0, 1], one value a channel. Masks, bool
-    (N, 32, 32), mark the pixels of the object; `shapes` alone has them.
+    (N, 32, 32), mark the objects of test images; `shapes` alone has them.
     """
 
     name: str
@@ -59,7 +59,6 @@ class Dataset:
     class_names: tuple
     mean: tuple
     std: tuple
-    train_masks: torch.Tensor | None = None
     test_masks: torch.Tensor | None = None
 
     @property
@@ -108,7 +107,7 @@ def load_shapes(num_train=50_000, num_test=10_000):
     mean, std = channel_mean_std(images[train])
     return Dataset(
         "shapes", "shapes", images[train], labels[train], images[test], labels[test],
-        sources.SHAPE_NAMES, mean, std, masks[train], masks[test],
+        sources.SHAPE_NAMES, mean, std, masks[test],
     )  # fmt: skip
 
 
@@ -119,12 +118,13 @@ def train_val_split(dataset, count):
         raise UsageError(f"--val-split {count}: {dataset.name} has {total} training images")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
     order = order.to(dataset.train_images.device)
-    splits = {"name": f"{dataset.name}-val{count}"}
-    for kind in ("images", "labels", "masks"):
-        tensor = getattr(dataset, f"train_{kind}")
-        splits[f"train_{kind}"] = None if tensor is None else tensor[order[count:]]
-        splits[f"test_{kind}"] = None if tensor is None else tensor[order[:count]]
-    return replace(dataset, **splits)
+    images, labels = dataset.train_images, dataset.train_labels
+    train, val = order[count:], order[:count]
+    return replace(
+        dataset, name=f"{dataset.name}-val{count}", test_masks=None,
+        train_images=images[train], train_labels=labels[train],
+        test_images=images[val], test_labels=labels[val],
+    )  # fmt: skip
 
 
 def load_for_checkpoint(ckpt, spec, data_dir, device):

@@ -71,10 +71,11 @@ def test_held_out_images_are_training_images_no_longer_trained_on(small):
 
     split = data.train_val_split(small, 60)
     assert (len(split.train_images), len(split.test_images)) == (240, 60)
-    train = rows(split.train_images, split.train_labels[:, None], split.train_masks)
-    val = rows(split.test_images, split.test_labels[:, None], split.test_masks)
+    train = rows(split.train_images, split.train_labels[:, None])
+    val = rows(split.test_images, split.test_labels[:, None])
     assert not train & val
-    assert train | val == rows(small.train_images, small.train_labels[:, None], small.train_masks)
+    assert train | val == rows(small.train_images, small.train_labels[:, None])
+    assert split.test_masks is None  # those of `small` are of its test images
     again, fewer = (data.train_val_split(small, count) for count in (60, 30))
     assert torch.equal(split.test_images, again.test_images) and split.mean == small.mean
     assert torch.equal(split.test_images[:30], fewer.test_images) and split.name == "shapes-val60"
