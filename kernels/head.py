@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.functions import (
-    cast, dot, launch, layer_norm_backward, normalize_rows, padded, first_image, scale_shift,
+    cast, dot, first_image, launch, layer_norm_backward, load_norm, padded,
 )  # fmt: skip
 
 ROWS = 16
@@ -34,8 +34,7 @@ def head_kernel(
 ):  # fmt: skip
     b, c, k = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, C), tl.arange(0, KP)
     offsets, mask = b.to(tl.int64)[:, None] * C + c[None, :], b[:, None] < B
-    x_hat, rstd = normalize_rows(tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
-    y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr)
+    _, y, x_hat, rstd = load_norm(x_ptr, offsets, mask, norm_weight_ptr, norm_bias_ptr)
     at, in_weight = k[:, None] * C + c[None, :], k[:, None] < K
     weight = tl.load(weight_ptr + at, mask=in_weight, other=0.0)  # (KP, C)
     logits = dot(y, tl.trans(weight)) + tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
@@ -74,5 +73,5 @@ def forward_backward(model, x, labels, counter, dx, partial_grads, batch_size, n
     K, C = model.head.weight.shape
     weights = *model.norm.parameters(), *model.head.parameters()
     args = x, *weights, labels, counter, dx, partial_grads, batch_size, num_images
-    sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **target.options("head")}
+    sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **target.options}
     launch(head_kernel, num_programs(num_images), *args, **sizes)

@@ -16,7 +16,7 @@ import torch
 
 from augment import augment
 from kernels import attention, head, mlp, muon, stem, update
-from kernels.functions import Target, num_programs
+from kernels.functions import Target, split
 from kernels.graph import GraphedFunction
 from schedule import COEFFICIENTS, build_optimizers
 
@@ -139,7 +139,7 @@ class FusedStep:
 
     def partial_shapes(self, B):
         """Rows and columns of the partial gradients of B images, in the order of parameters."""
-        model, programs = self.model, num_programs(B)
+        model, (programs, _) = self.model, split(B)
 
         def numel(*modules):
             return sum(p.numel() for module in modules for p in module.parameters())
@@ -150,7 +150,7 @@ class FusedStep:
         for i, block in enumerate(model.blocks):
             shapes["attention", i] = programs, numel(block.attention)
             num_tokens = B * self.z[i].shape[1]
-            shapes["mlp", i] = mlp.num_programs(num_tokens, self.target), numel(block.mlp)
+            shapes["mlp", i] = mlp.num_programs(num_tokens), numel(block.mlp)
         shapes["head"] = head.num_programs(B), numel(model.norm, model.head) + 2
         return shapes
 
