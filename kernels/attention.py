@@ -9,8 +9,7 @@
 A program is one image (backward: several, where the batch is large), its tokens padded to 64 rows.
 A loop over heads keeps one head's scores in registers; nothing between x and z goes to memory. The
 backward computes y, q, k, v and P again, which costs less than to store and load them, as in
-FlashAttention (Dao et al. 2022, arXiv:2205.14135). Every program stores its part of the weight
-gradients, and one sum over programs ends it: without atomics, a repeated run gives the same bits.
+FlashAttention (Dao et al. 2022, arXiv:2205.14135).
 
 Letters: B batch, T tokens (33), Q queries (T, or 1 in the last block, which computes the CLS token
 alone), TP and QP: padded, C width (64), H heads (4), D head width (16).
@@ -20,9 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import (
-    Target, accumulate, cast, dot, launch, layer_norm_backward, load, load_norm, padded, split,
-)  # fmt: skip
+from kernels.functions import Target, accumulate, cast, dot, launch, layer_norm_backward, load
+from kernels.functions import load_norm, padded, split
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -74,7 +72,7 @@ def forward_kernel(
 
 @triton.jit
 def heads_backward(
-    y, yq, dz_ptr, num_rows, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, is_later,
+    y, yq, dz_ptr, num_rows, qkv_ptr, out_ptr, partial_ptr, is_later,
     T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dy (TP, C); stores the weight gradients of one image, or adds them to those before."""
@@ -84,6 +82,7 @@ def heads_backward(
     i, c, d = tl.arange(0, QP)[:, None], tl.arange(0, C), tl.arange(0, D)
     row, column = d[:, None] * C + c[None, :], c[:, None] * (H * D) + d[None, :]  # (D, C), (C, D)
     dz_ptr += i * C + c[None, :]
+    dout_ptr = partial_ptr + 2 * C + 3 * H * D * C + column
     dy = tl.zeros((TP, C), tl.float32)
     for h in range(H):
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
@@ -96,23 +95,23 @@ def heads_backward(
         rounded = cast(p, DTYPE)
         o = cast(dot(rounded, v), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
         dv = cast(dot(tl.trans(rounded), do), DTYPE)  # (TP, QP) x (QP, D) -> (TP, D)
-        dhead_ptr = dqkv_ptr + h * D * C
-        accumulate(dhead_ptr + 2 * H * D * C + row, dot(tl.trans(dv), y), is_later)  # (D, C)
+        dqkv_ptr = partial_ptr + 2 * C + h * D * C + row
+        accumulate(dqkv_ptr + 2 * H * D * C, dot(tl.trans(dv), y), is_later)  # (D, C)
         # dz and the weights are read twice: registers and shared memory are scarce.
         dz = tl.load(dz_ptr, mask=i < num_rows, other=0.0)
-        accumulate(dout_ptr + h * D + column, dot(tl.trans(dz), o), is_later)  # (C, QP) x (QP, D)
+        accumulate(dout_ptr + h * D, dot(tl.trans(dz), o), is_later)  # (C, QP) x (QP, D)
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
         dy += dot(dv, wv)  # (TP, D) x (D, C) -> (TP, C)
         dp = dot(do, tl.trans(v))  # (QP, D) x (D, TP) -> (QP, TP)
         ds = cast(p * (dp - tl.sum(p * dp, 1)[:, None]) * D**-0.5, DTYPE)
         dq = cast(dot(ds, k), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
-        accumulate(dhead_ptr + row, dot(tl.trans(dq), yq), is_later)
+        accumulate(dqkv_ptr, dot(tl.trans(dq), yq), is_later)
         if QP == TP:
             dy += dot(dq, wq)
         else:  # the CLS token alone: rows after the first are 0
             dy += tl.where(tl.arange(0, TP)[:, None] == 0, tl.sum(dot(dq, wq), 0)[None, :], 0.0)
         dk = cast(dot(tl.trans(ds), q), DTYPE)  # (TP, QP) x (QP, D) -> (TP, D)
-        accumulate(dhead_ptr + H * D * C + row, dot(tl.trans(dk), y), is_later)
+        accumulate(dqkv_ptr + H * D * C, dot(tl.trans(dk), y), is_later)
         dy += dot(dk, wk)
     return dy
 
@@ -120,9 +119,7 @@ def heads_backward(
 # Compiled once for a count of 1, without the sums over images, and once for others.
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["count"])
 def backward_kernel(
-    x_ptr,  # (B, T, C), working dtype
-    norm_weight_ptr, norm_bias_ptr,  # (C,)
-    qkv_ptr, out_ptr,  # (3HD, C), (C, HD)
+    x_ptr, norm_weight_ptr, norm_bias_ptr, qkv_ptr, out_ptr,  # as above
     dz_ptr,  # (B, Q, C), working dtype
     dx_ptr,  # (B, T, C), working dtype or fp32
     partial_ptr,  # (programs, 2C + 3HDC + CHD), of norm weight and bias, qkv and out
@@ -130,26 +127,21 @@ def backward_kernel(
     T: tl.constexpr, TP: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    t, c = tl.arange(0, TP)[:, None], tl.arange(0, C)
+    t, tq, c = tl.arange(0, TP)[:, None], tl.arange(0, QP)[:, None], tl.arange(0, C)
     partial_ptr += tl.program_id(0).to(tl.int64) * (4 * H * D * C + 2 * C)
-    dqkv_ptr, dout_ptr = partial_ptr + 2 * C, partial_ptr + 2 * C + 3 * H * D * C
     i = 0
     while i < count:
         b = tl.program_id(0).to(tl.int64) * count + i
         num_rows, num_queries = tl.where(b < B, T, 0), tl.where(b < B, Q, 0)
         x_at, dz_at = x_ptr + b * T * C, dz_ptr + b * Q * C
         offsets, mask = t * C + c[None, :], t < num_rows
-        y = cast(load_norm(x_at, offsets, mask, norm_weight_ptr, norm_bias_ptr)[1], DTYPE)
-        yq = y
-        if QP != TP:
-            tq = tl.arange(0, QP)[:, None]
-            at = tq * C + c[None, :]
-            yq = load_norm(x_at, at, tq < num_queries, norm_weight_ptr, norm_bias_ptr)[1]
-            yq = cast(yq, DTYPE)
+        _, y, _, _ = load_norm(x_at, offsets, mask, norm_weight_ptr, norm_bias_ptr)
+        at, mask_q = tq * C + c[None, :], tq < num_queries
+        _, yq, _, _ = load_norm(x_at, at, mask_q, norm_weight_ptr, norm_bias_ptr)
+        y, yq = cast(y, DTYPE), cast(yq, DTYPE)
         dy = heads_backward(
-            y, yq, dz_at, num_queries, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, i > 0,
-            T, H, D, DTYPE,
-        )  # fmt: skip
+            y, yq, dz_at, num_queries, qkv_ptr, out_ptr, partial_ptr, i > 0, T, H, D, DTYPE
+        )
         # Read again: to keep it in registers over the heads would spill.
         _, _, x_hat, rstd = load_norm(x_at, offsets, mask, norm_weight_ptr, norm_bias_ptr)
         accumulate(partial_ptr + c, tl.sum(dy * x_hat, 0), i > 0)

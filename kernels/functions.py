@@ -138,6 +138,14 @@ def load_norm(x_ptr, offsets, mask, weight_ptr, bias_ptr):
 
 
 @triton.jit
+def update_average(average_ptr, p, weight, mask):
+    """Move an average of parameters toward p by a share `weight`, which is 0 without an average."""
+    if weight > 0:
+        average = tl.load(average_ptr, mask=mask, other=0.0)
+        tl.store(average_ptr, average + weight * (p - average), mask=mask)
+
+
+@triton.jit
 def layer_norm_backward(dy, x_hat, rstd, weight_ptr):
     """The gradient of x, given that of y, which load_norm returns."""
     C: tl.constexpr = dy.shape[1]

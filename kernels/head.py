@@ -13,9 +13,7 @@ Letters: B batch, C width (64), K classes, KP: K padded.
 import triton
 import triton.language as tl
 
-from kernels.functions import (
-    cast, dot, first_image, launch, layer_norm_backward, load_norm, padded,
-)  # fmt: skip
+from kernels.functions import cast, dot, first_image, launch, layer_norm_backward, load_norm, padded
 
 ROWS = 16
 
@@ -68,10 +66,11 @@ def num_programs(num_images):
     return triton.cdiv(num_images, ROWS)
 
 
-def forward_backward(model, x, labels, counter, dx, partial_grads, batch_size, num_images, target):
-    """Write dx and partial gradients, loss and correct of norm, head and cross entropy."""
-    K, C = model.head.weight.shape
-    weights = *model.norm.parameters(), *model.head.parameters()
-    args = x, *weights, labels, counter, dx, partial_grads, batch_size, num_images
-    sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **target.options}
+def forward_backward(state, num_images):
+    """Write state.dx[-1], and partial gradients of norm and head, loss and correct."""
+    norm, head = state.model.norm, state.model.head
+    K, C = head.weight.shape
+    args = state.x[-1], *norm.parameters(), *head.parameters(), state.labels, state.counter
+    args = *args, state.dx[-1], state.partials["head"], state.batch_size, num_images
+    sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **state.target.options}
     launch(head_kernel, num_programs(num_images), *args, **sizes)

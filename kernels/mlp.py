@@ -15,9 +15,7 @@ Letters: N tokens, C width (64), M hidden width (64), R rows of a tile.
 import triton
 import triton.language as tl
 
-from kernels.functions import (
-    cast, dot, gelu, launch, layer_norm_backward, load, load_norm, split,
-)  # fmt: skip
+from kernels.functions import cast, dot, gelu, launch, layer_norm_backward, load, load_norm, split
 
 ROWS = 16  # of a tile
 
@@ -47,10 +45,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def backward_kernel(
-    x_ptr,  # (N, C), working dtype
-    norm_weight_ptr, norm_bias_ptr,  # (C,)
-    weight1_ptr, bias1_ptr,  # (M, C), (M,)
-    weight2_ptr,  # (C, M)
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr,  # as above
     dz_ptr, dx_ptr,  # (N, C), working dtype
     partial_ptr,  # (programs, 2C + MC + M + CM + C), of norm, linear1, linear2; weight before bias
     N,

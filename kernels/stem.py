@@ -20,9 +20,7 @@ Letters: B batch, S side of an image (32), P side of a patch (2), N patches (256
 import triton
 import triton.language as tl
 
-from kernels.functions import (
-    INTERPRETED, cast, dot, first_image, gelu, launch, load, padded, split,
-)  # fmt: skip
+from kernels.functions import INTERPRETED, cast, dot, first_image, gelu, launch, load, padded, split
 
 # Patches at once. The interpreter's time is that of operations, whatever their size.
 TILE, BACKWARD_TILE = 64, 64 if INTERPRETED else 32
@@ -83,11 +81,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["batch_size", "B"], do_not_specialize_on_alignment=["count"])
 def backward_kernel(
-    images_ptr, counter_ptr,  # as in the forward
-    weight1_ptr, bias1_ptr,  # (L, 9I), (L,)
-    weight2_ptr,  # (L, L, P, P)
-    proj_ptr,  # (C, N)
-    a_ptr,  # (B, N, L), working dtype
+    images_ptr, counter_ptr, weight1_ptr, bias1_ptr, weight2_ptr, proj_ptr, a_ptr,  # as above
     dx_ptr,  # (B, T, C), fp32
     conv1_ptr,  # (groups PP, 9IL + L), partial gradients of conv1's weight and bias
     rest_ptr,  # (groups, LLPP + L + CN + C), of conv2's weight and bias, proj's weight and bias
@@ -152,17 +146,19 @@ def constants(stem, target):
     return sizes | target.options
 
 
-def forward(model, images, counter, a, x, batch_size, num_images, target):
-    """Write a and x (B, T, C), the embedding of images (N, I, S + 2, S + 2), padded with zeros."""
+def forward(state, num_images):
+    """Write state.a and state.x[0], the embedding of state.pixels, which a margin of zeros pads."""
+    model = state.model
     weights = *model.stem.parameters(), model.cls_token, model.pos_embedding
-    args, sizes = (images, counter, *weights, a, x, batch_size), constants(model.stem, target)
-    launch(forward_kernel, num_images, *args, TILE=TILE, **sizes)
+    args = state.pixels, state.counter, *weights, state.a, state.x[0], state.batch_size
+    launch(forward_kernel, num_images, *args, TILE=TILE, **constants(model.stem, state.target))
 
 
-def backward(model, images, counter, a, dx, partials, batch_size, num_images, target):
-    """Write partial gradients of conv1 and of the other parameters, given dx (B, T, C), fp32."""
-    weight1, bias1, weight2, _, proj, _ = model.stem.parameters()
-    args = images, counter, weight1, bias1, weight2, proj, a, dx, *partials, batch_size, num_images
-    sizes, (groups, count) = constants(model.stem, target), split(num_images)
+def backward(state, num_images):
+    """Write partial gradients of conv1 and of the other parameters, given state.dx[0]."""
+    weight1, bias1, weight2, _, proj, _ = state.model.stem.parameters()
+    args = state.pixels, state.counter, weight1, bias1, weight2, proj, state.a, state.dx[0]
+    args = *args, state.partials["conv1"], state.partials["stem"], state.batch_size, num_images
+    sizes, (groups, count) = constants(state.model.stem, state.target), split(num_images)
     programs = sizes["P"] ** 2 * groups
     launch(backward_kernel, programs, *args, count, TILE=BACKWARD_TILE, **sizes)

@@ -5,12 +5,9 @@ whole epoch ahead, as in PyTorch; lr and momentum come from a table on the devic
 counter on the device that the step itself advances. So a step is one CUDA graph, replayed.
 trainer.Trainer.torch_step is the reference.
 
-fp16: gradients of activations are those of the *sum* of losses, a static loss scale of the batch
-size, as the sum over partial gradients, in fp32, divides in any case; docs/kernels.md has the range
-of values. One that overflows makes gradients of parameters infinite, which the run reports.
+Gradients of activations are those of the *sum* of losses, a static loss scale for fp16, whose range
+of values docs/kernels.md has. The sum over partial gradients, in fp32, divides by the batch size.
 """
-
-from types import SimpleNamespace
 
 import torch
 
@@ -36,8 +33,8 @@ class FusedStep:
         self.finite_counts, self.dataset = trainer.finite_counts, trainer.dataset
         self.device = device = self.dataset.train_images.device
         self.target = target or Target.of(device, trainer.runtime.dtype)
-        self.param, self.averaging = flatten(self.model), trainer.averaged_model is not self.model
-        self.average = flatten(trainer.averaged_model) if self.averaging else self.param
+        self.param, has_average = flatten(self.model), trainer.averaged_model is not self.model
+        self.average = flatten(trainer.averaged_model) if has_average else self.param
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.param), torch.zeros_like(self.param)
         self.grad = torch.zeros(len(self.param) + 2, device=device)  # and sum of losses, correct
         self.counter, self.next_step = torch.zeros(1, dtype=torch.int32, device=device), None
@@ -49,28 +46,26 @@ class FusedStep:
 
     def launch(self, size):
         """Launch all kernels of a step on this rank's images of a batch of `size`."""
-        batch, model, partials, recipe = self.batches[size], self.model, self.partials, self.recipe
-        pixels, a, x, z, dx, dz = self.pixels, self.a, self.x, self.z, self.dx, self.dz
-        args = batch.num_images, self.target
+        num_images, tiles = self.batches[size]
+        partials, recipe, args = self.partials, self.recipe, (num_images, self.target)
+        x, z, dx, dz, blocks = self.x, self.z, self.dx, self.dz, list(enumerate(self.model.blocks))
 
-        stem.forward(model, pixels, self.counter, a, x[0], self.batch_size, *args)
-        for i, block in enumerate(model.blocks):
+        stem.forward(self, num_images)
+        for i, block in blocks:
             weights = list(block.attention.parameters()), block.attention.heads
             attention.forward(x[i], *weights, z[i], *args)
             mlp.forward(block.mlp, z[i], x[i + 1], *args)
-        loss_args = self.labels, self.counter, dx[-1], partials["head"], self.batch_size
-        head.forward_backward(model, x[-1], *loss_args, *args)
-        for i, block in reversed(list(enumerate(model.blocks))):
+        head.forward_backward(self, num_images)
+        for i, block in reversed(blocks):
             mlp.backward(block.mlp, z[i], dx[i + 1], dz[i], partials["mlp", i], *args)
             weights = list(block.attention.parameters()), block.attention.heads
             attention.backward(x[i], *weights, dz[i], dx[i], partials["attention", i], *args)
-        stem_grads = partials["conv1"], partials["stem"]
-        stem.backward(model, pixels, self.counter, a, dx[0], stem_grads, self.batch_size, *args)
-        update.reduce(self, batch.tiles, batch.scale, recipe.l1 * (self.dist.rank == 0))
+        stem.backward(self, num_images)
+        update.reduce(self, tiles, 1 / size, recipe.l1 * (self.dist.rank == 0))
         self.dist.all_reduce_sum(self.grad)
         if recipe.optimizer == "muon":
-            muon.step(self, self.matrices, recipe.weight_decay, self.target)
-        update.adamw(self, self.blocks, recipe.weight_decay, recipe.beta2, recipe.eps)
+            muon.step(self)
+        update.adamw(self)
 
     def begin_epoch(self, plan, lrs, momenta):
         """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
@@ -85,9 +80,10 @@ class FusedStep:
         recipe, n = self.recipe, torch.arange(len(lrs), dtype=torch.float64) + 1
         n += self.trainer.epoch * self.trainer.steps_per_epoch
         lr, momentum = torch.tensor([lrs, momenta], dtype=torch.float64)
-        window = (recipe.weight_avg_frac * n).clamp(min=1)  # steps of the average
+        window = (recipe.weight_avg_frac * n).clamp(min=1)  # steps of the average, if there is one
         corrections = 1 - momentum**n, 1 - recipe.beta2**n
-        columns = lr, momentum, lr * recipe.adamw_lr_scale, *corrections, 1 / window
+        weight = (self.average is not self.param) / window
+        columns = lr, momentum, lr * recipe.adamw_lr_scale, *corrections, weight
         self.hparams[: len(lrs)].copy_(torch.stack(columns, 1))
         self.next_step = None
 
@@ -135,7 +131,7 @@ class FusedStep:
         self.partials = {k: piece.view(shapes[k]) for k, piece in zip(shapes, pieces)}
         # The gradient of the first block's input is fp32: it is a partial one of pos_embedding.
         self.dx = [self.partials["embedding"].view(B, T, C), *(buffer(B, t, C) for t in tokens)]
-        self.batches = {size: self.batch_tables(size, count) for size, count in counts.items()}
+        self.batches = {size: (count, self.reduce_tiles(count)) for size, count in counts.items()}
 
     def partial_shapes(self, B):
         """Rows and columns of the partial gradients of B images, in the order of parameters."""
@@ -154,16 +150,14 @@ class FusedStep:
         shapes["head"] = head.num_programs(B), numel(model.norm, model.head) + 2
         return shapes
 
-    def batch_tables(self, size, count):
-        """What a step depends on besides the buffers, for `count` images of a batch of `size`."""
-        C, position = self.model.pos_embedding.shape[2], self.partials["embedding"]
-        segments, offset = [(0, count, position.shape[1], C, 0)], C  # CLS token: row 0 of positions
-        for name, (rows, columns) in self.partial_shapes(count).items():
-            begin = self.partials[name].storage_offset()
-            segments.append((begin, rows, columns, columns, offset))
+    def reduce_tiles(self, count):
+        """The table of update.reduce for `count` images."""
+        shapes, C = self.partial_shapes(count), self.model.config["dim"]
+        segments, offset = [(0, *shapes["embedding"], C, 0)], C  # CLS token: row 0 of positions
+        for name, (rows, columns) in shapes.items():
+            segments.append((self.partials[name].storage_offset(), rows, columns, columns, offset))
             offset += columns
-        tiles = update.reduce_tiles(segments, self.device)
-        return SimpleNamespace(num_images=count, scale=1 / size, tiles=tiles)
+        return update.reduce_tiles(segments, self.device)
 
     def assign_optimizers(self):
         """Which parameters are Muon's, and the tables of both optimizers."""
