@@ -118,12 +118,6 @@ def dot(a, b):
 
 
 @triton.jit
-def first_image(counter_ptr, batch_size):
-    """Where the running step begins among this rank's images of the epoch."""
-    return tl.load(counter_ptr).to(tl.int64) * batch_size
-
-
-@triton.jit
 def load_norm(x_ptr, offsets, mask, weight_ptr, bias_ptr):
     """Rows of x (N, C), zeros where `mask` is false, and LayerNorm y of them, all fp32.
 

@@ -13,7 +13,7 @@ Letters: B batch, C width (64), K classes, KP: K padded.
 import triton
 import triton.language as tl
 
-from kernels.functions import cast, dot, first_image, launch, layer_norm_backward, load_norm, padded
+from kernels.functions import cast, dot, launch, layer_norm_backward, load_norm, padded
 
 ROWS = 16
 
@@ -38,7 +38,7 @@ def head_kernel(
     logits = dot(y, tl.trans(weight)) + tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     logits = tl.where(k[None, :] < K, logits, -float("inf"))  # (R, KP)
 
-    labels_ptr += first_image(counter_ptr, batch_size) + b
+    labels_ptr += tl.load(counter_ptr).to(tl.int64) * batch_size + b
     label = tl.load(labels_ptr, mask=b < B, other=0).to(tl.int32)
     is_label = k[None, :] == label[:, None]
     largest = tl.max(logits, 1)

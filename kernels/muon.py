@@ -7,7 +7,6 @@ u is read twice and never stored; what is iterated is (64, 64), n, the shorter s
 matrix, being at most 64.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -33,7 +32,7 @@ def muon_kernel(
     counter_ptr,  # (1,), int32, steps done in the epoch, this one included
     hparams_ptr,  # (steps, 6), see adamw_kernel
     coefficients_ptr,  # (STEPS, 3): a, b, c
-    layout_ptr,  # (programs, 3), int32: offset of a matrix, its rows, its columns
+    layout_ptr,  # (programs, 3), int32: offset of a matrix (a chunk of a parameter), rows, columns
     param_ptr, exp_avg_ptr, average_ptr,  # (N,), updated in place
     weight_decay, eps,
     STEPS: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -77,20 +76,6 @@ def muon_kernel(
         tl.store(exp_avg_ptr + i, exp_avg, mask=mask)
         update_average(average_ptr + i, p, average_weight, mask)
         first += CHUNK
-
-
-def layout(params, num_chunks, device):
-    """(matrices, 3), int32: offset in the flat parameters, rows and columns of every matrix;
-    num_chunks[p] are stacked in a parameter p of Muon's.
-    """
-    matrices, offset = [], 0
-    for p in params:
-        if p in num_chunks:
-            rows, columns = len(p) // num_chunks[p], p.numel() // len(p)
-            ends = range(offset, offset + p.numel(), rows * columns)
-            matrices += [[start, rows, columns] for start in ends]
-        offset += p.numel()
-    return torch.tensor(matrices, dtype=torch.int32, device=device)
 
 
 def options(target):

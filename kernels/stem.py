@@ -20,7 +20,7 @@ Letters: B batch, S side of an image (32), P side of a patch (2), N patches (256
 import triton
 import triton.language as tl
 
-from kernels.functions import INTERPRETED, cast, dot, first_image, gelu, launch, load, padded, split
+from kernels.functions import INTERPRETED, cast, dot, gelu, launch, load, padded, split
 
 # Patches at once. The interpreter's time is that of operations, whatever their size.
 TILE, BACKWARD_TILE = 64, 64 if INTERPRETED else 32
@@ -53,7 +53,7 @@ def forward_kernel(
     N: tl.constexpr = (S // P) * (S // P)
     b = tl.program_id(0).to(tl.int64)
     k, l, c = tl.arange(0, K), tl.arange(0, L), tl.arange(0, C)
-    image = first_image(counter_ptr, batch_size) + b
+    image = tl.load(counter_ptr).to(tl.int64) * batch_size + b
     image_ptr = images_ptr + image * (I * (S + 2) * (S + 2))
     taps = l[:, None] * (9 * I) + k[None, :]
     w1 = load(weight1_ptr + taps, DTYPE, k[None, :] < 9 * I)  # (L, K)
@@ -105,7 +105,7 @@ def backward_kernel(
     b = (group * count).to(tl.int64)
     stop = tl.minimum(b + count, B)
     while b < stop:
-        image = first_image(counter_ptr, batch_size) + b
+        image = tl.load(counter_ptr).to(tl.int64) * batch_size + b
         image_ptr, a_tile_ptr = images_ptr + image * (I * (S + 2) * (S + 2)), a_ptr + b * (N * L)
         tokens = (l[:, None] + 1) * C + c[None, :]  # without the CLS token
         dx = tl.load(dx_ptr + b * ((L + 1) * C) + tokens)  # (L, C)

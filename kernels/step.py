@@ -69,16 +69,16 @@ class FusedStep:
 
     def begin_epoch(self, plan, lrs, momenta):
         """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
-        dataset, rows = self.dataset, plan.at(self.rows)
+        dataset, recipe, rows = self.dataset, self.recipe, plan.at(self.rows)
         self.labels.copy_(dataset.train_labels[rows.indices])
         for i in range(0, len(self.rows), AUGMENT_BATCH):
             part = rows.at(slice(i, i + AUGMENT_BATCH))
             images = dataset.train_images[part.indices]
-            images = augment(images, part, self.recipe, self.trainer.normalize)
+            images = augment(images, part, recipe, self.trainer.normalize)
             inside = self.pixels[i : i + AUGMENT_BATCH, :, 1:-1, 1:-1]
             inside.copy_(images.to(self.target.dtype))
-        recipe, n = self.recipe, torch.arange(len(lrs), dtype=torch.float64) + 1
-        n += self.trainer.epoch * self.trainer.steps_per_epoch
+        n = self.trainer.epoch * self.trainer.steps_per_epoch
+        n += torch.arange(len(lrs), dtype=torch.float64) + 1
         lr, momentum = torch.tensor([lrs, momenta], dtype=torch.float64)
         window = (recipe.weight_avg_frac * n).clamp(min=1)  # steps of the average, if there is one
         corrections = 1 - momentum**n, 1 - recipe.beta2**n
@@ -106,20 +106,18 @@ class FusedStep:
 
     def allocate(self, full, N):
         """Buffers for batches of `full` of N images, and the last one, which may be smaller."""
-        config, storage = self.model.config, self.target.storage
+        config = self.model.config
         S, T, C = config["image_size"], config["channels"] + 1, config["dim"]
         tokens = [T] * (config["depth"] - 1) + [1]  # in the last block of the CLS token alone
-
-        def buffer(*shape, dtype=storage):
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
+        where = {"dtype": self.target.storage, "device": self.device}
+        buffer = lambda *shape: torch.zeros(shape, **where)
         sizes = [min(full, N - first) for first in range(0, N, full)]
         shards = {size: self.dist.shard(size) for size in {*sizes}}
         rows = [torch.arange(*shards[size]) + i * full for i, size in enumerate(sizes)]
         self.rows = torch.cat(rows).to(self.device)  # of an epoch's plan, this rank's
         counts = {size: stop - start for size, (start, stop) in shards.items()}
         self.batch_size, B = counts[sizes[0]], max(counts.values())
-        self.labels = buffer(len(self.rows), dtype=torch.int64)
+        self.labels = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
         # The kernels read pixels in a margin of zeros.
         self.pixels = buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
         self.a = buffer(B, S * S // config["patch_size"] ** 2, T - 1)  # conv2, before its GELU
@@ -127,7 +125,7 @@ class FusedStep:
         self.x = [buffer(B, t, C) for t in (T, *tokens)]
         shapes = self.partial_shapes(B)
         numels = [rows * columns for rows, columns in shapes.values()]
-        pieces = buffer(sum(numels), dtype=torch.float32).split(numels)
+        pieces = torch.zeros(sum(numels), device=self.device).split(numels)
         self.partials = {k: piece.view(shapes[k]) for k, piece in zip(shapes, pieces)}
         # The gradient of the first block's input is fp32: it is a partial one of pos_embedding.
         self.dx = [self.partials["embedding"].view(B, T, C), *(buffer(B, t, C) for t in tokens)]
@@ -136,40 +134,50 @@ class FusedStep:
     def partial_shapes(self, B):
         """Rows and columns of the partial gradients of B images, in the order of parameters."""
         model, (programs, _) = self.model, split(B)
-
-        def numel(*modules):
-            return sum(p.numel() for module in modules for p in module.parameters())
-
+        numel = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
         shapes = {"embedding": (B, model.pos_embedding.numel())}
         shapes["conv1"] = programs * model.config["patch_size"] ** 2, numel(model.stem.conv1)
         shapes["stem"] = programs, numel(model.stem.conv2, model.stem.proj)
         for i, block in enumerate(model.blocks):
             shapes["attention", i] = programs, numel(block.attention)
-            num_tokens = B * self.z[i].shape[1]
-            shapes["mlp", i] = mlp.num_programs(num_tokens), numel(block.mlp)
+            shapes["mlp", i] = mlp.num_programs(B * self.z[i].shape[1]), numel(block.mlp)
         shapes["head"] = head.num_programs(B), numel(model.norm, model.head) + 2
         return shapes
 
     def reduce_tiles(self, count):
         """The table of update.reduce for `count` images."""
         shapes, C = self.partial_shapes(count), self.model.config["dim"]
-        segments, offset = [(0, *shapes["embedding"], C, 0)], C  # CLS token: row 0 of positions
+        segments, end = [(0, *shapes["embedding"], C, 0)], C  # CLS token: row 0 of positions
         for name, (rows, columns) in shapes.items():
-            segments.append((self.partials[name].storage_offset(), rows, columns, columns, offset))
-            offset += columns
-        return update.reduce_tiles(segments, self.device)
+            segments.append((self.partials[name].storage_offset(), rows, columns, columns, end))
+            end += columns
+        tiles = [
+            [offset + c, rows, stride, min(update.COLUMNS, columns - c), target + c]
+            for offset, rows, stride, columns, target in segments
+            for c in range(0, columns, update.COLUMNS)
+        ]
+        return torch.tensor(tiles, device=self.device)
 
     def assign_optimizers(self):
         """Which parameters are Muon's, and the tables of both optimizers."""
         *muons, adamw = build_optimizers(self.recipe, self.model)
-        num_chunks = {
-            p: n for m in muons for p, n in zip(m.param_groups[0]["params"], m.num_chunks)
-        }
         decay = {p: bool(g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
-        params = list(self.model.parameters())
-        self.is_muon = [p in num_chunks for p in params]
-        self.matrices = muon.layout(params, num_chunks, self.device)
-        self.blocks = update.adamw_blocks(params, decay, self.device)
+        num_chunks = {}
+        for optimizer in muons:
+            num_chunks |= zip(optimizer.param_groups[0]["params"], optimizer.num_chunks)
+        self.is_muon = [p in num_chunks for p in self.model.parameters()]
+        matrices, blocks, N, size, end = [], [], len(self.param), update.BLOCK, 0
+        counts = [[N, N + 1, 0]]  # the loss
+        for p in self.model.parameters():
+            start, end = end, end + p.numel()
+            counts.append([start, end, 0])
+            if p in num_chunks:
+                rows, columns = len(p) // num_chunks[p], p.numel() // len(p)
+                matrices += [[i, rows, columns] for i in range(start, end, rows * columns)]
+            else:
+                blocks += [[i, min(i + size, end), decay[p]] for i in range(start, end, size)]
+        table = lambda rows: torch.tensor(rows, dtype=torch.int32, device=self.device)
+        self.matrices, self.blocks = table(matrices), table(counts + blocks)
 
 
 def flatten(model):

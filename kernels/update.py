@@ -9,7 +9,6 @@ lr and momentum come from a table on the device, its row from a counter on the d
 number of the host. Loshchilov & Hutter 2017, arXiv:1711.05101.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -99,36 +98,11 @@ def adamw_kernel(
         update_average(average_ptr + i, p, tl.load(hparams_ptr + 5), mask)
 
 
-def reduce_tiles(segments, device):
-    """(programs, 5), int64, for `reduce`: segments, rows like those, in pieces of COLUMNS."""
-    tiles = [
-        [offset + c, rows, stride, min(COLUMNS, columns - c), target + c]
-        for offset, rows, stride, columns, target in segments
-        for c in range(0, columns, COLUMNS)
-    ]
-    return torch.tensor(tiles, dtype=torch.int64, device=device)
-
-
 def reduce(state, tiles, scale, l1):
     """Sum partial gradients into state.grad, add L1's, and advance the counter."""
     args = state.partials["embedding"], tiles, state.param, state.grad, state.counter
     numbers = len(state.param), scale, float(l1)
     launch(reduce_kernel, len(tiles), *args, *numbers, COLUMNS=COLUMNS, ROWS=ROWS)
-
-
-def adamw_blocks(params, decay, device):
-    """(programs, 3), int32: a row for the loss and every parameter, which are counted, then blocks
-    of AdamW's parameters, those that `decay` maps to a bool.
-    """
-    counts, blocks, offset = [], [], 0
-    for p in params:
-        end = offset + p.numel()
-        counts.append([offset, end, 0])
-        starts = range(offset, end, BLOCK) if p in decay else ()
-        blocks += [[i, min(i + BLOCK, end), int(decay[p])] for i in starts]
-        offset = end
-    rows = [[offset, offset + 1, 0], *counts, *blocks]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def adamw(state):

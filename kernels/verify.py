@@ -45,15 +45,14 @@ def self_test(step):
     error of 1e-4 (fp32) or 5e-2 of a result's norm tells a wrong kernel, or a TF32 product, from
     rounding; Muon, which makes much of small singular values, has 1e-2.
     """
-    trainer, is_fp32 = step.trainer, step.target.dtype == torch.float32
+    is_fp32, bounds = step.target.dtype == torch.float32, {"muon": 1e-2, "adamw": 1e-4}
     buffers = step.param, step.average, step.exp_avg, step.exp_avg_sq
-    buffers = *buffers, trainer.totals, trainer.finite_counts
+    buffers = *buffers, step.totals, step.finite_counts
     saved = [buffer.clone() for buffer in buffers]
     print("kernels  compiling and checking them, the first time for a minute", flush=True)
     try:
         for name, actual, exact in train_and_compare(step, [torch.float64]):
-            bound = 1e-4 if is_fp32 or name[:5] == "adamw" else 5e-2
-            bound = 1e-2 if name[:4] == "muon" else bound
+            bound = bounds.get(name.partition(",")[0], 1e-4 if is_fp32 else 5e-2)
             error = relative_error(actual, exact)
             if not error <= bound:
                 return f"{name}: off by {error:.1e} on this device, more than {bound:.0e}"
