@@ -161,16 +161,14 @@ def constants(weights, heads, x, z, target):
 
 def forward(x, weights, heads, z, num_images, target):
     """Write z (B, Q, C) of x (B, T, C) and the parameters of a vit.Attention."""
-    sizes = constants(weights, heads, x, z, target)
-    launch(forward_kernel, num_images, x, *weights, z, **sizes)
+    launch(forward_kernel, num_images, x, *weights, z, **constants(weights, heads, x, z, target))
 
 
 def backward(x, weights, heads, dz, dx, partial_grads, num_images, target):
     """Write dx and the partial gradients of the parameters, given dz (B, Q, C)."""
     sizes, (programs, count) = constants(weights, heads, x, dz, target), split(num_images)
-    launch(
-        backward_kernel, programs, x, *weights, dz, dx, partial_grads, num_images, count, **sizes
-    )
+    args = x, *weights, dz, dx, partial_grads, num_images, count
+    launch(backward_kernel, programs, *args, **sizes)
 
 
 class FusedAttention(torch.autograd.Function):

@@ -75,9 +75,7 @@ def padded(size):
 
 
 def split(count):
-    """Programs of a backward kernel, which is the rows of its partial gradients, and how many of
-    `count` images a program takes.
-    """
+    """Programs of a backward kernel, a row of partial gradients each, and images of a program."""
     each = max(1, triton.cdiv(count, MAX_PROGRAMS))
     return triton.cdiv(count, each), each
 

@@ -95,8 +95,7 @@ def num_programs(num_tokens):
 def forward(mlp, x, z, num_images, target):
     """Write z = mlp(x), both (B, T, C)."""
     num_tokens, (M, C) = num_images * x.shape[1], mlp.linear1.weight.shape
-    args = x, *mlp.parameters(), z, num_tokens
-    programs = triton.cdiv(num_tokens, ROWS)
+    args, programs = (x, *mlp.parameters(), z, num_tokens), triton.cdiv(num_tokens, ROWS)
     launch(forward_kernel, programs, *args, C=C, M=M, R=ROWS, **target.options)
 
 

@@ -3,8 +3,7 @@
     S = u u', chunk by chunk of u;  five times P = Q P, S = Q S Q, Q = a I + b S + c S^2;
     W -= lr P u, chunk by chunk
 
-u is read twice and never stored; what is iterated is (64, 64), n, the shorter side of every
-matrix, being at most 64.
+u is read twice and never stored. The shorter side of every matrix is at most 64, that of S.
 """
 
 import triton

@@ -160,5 +160,4 @@ def backward(state, num_images):
     args = state.pixels, state.counter, weight1, bias1, weight2, proj, state.a, state.dx[0]
     args = *args, state.partials["conv1"], state.partials["stem"], state.batch_size, num_images
     sizes, (groups, count) = constants(state.model.stem, state.target), split(num_images)
-    programs = sizes["P"] ** 2 * groups
-    launch(backward_kernel, programs, *args, count, TILE=BACKWARD_TILE, **sizes)
+    launch(backward_kernel, sizes["P"] ** 2 * groups, *args, count, TILE=BACKWARD_TILE, **sizes)

@@ -69,16 +69,14 @@ class FusedStep:
 
     def begin_epoch(self, plan, lrs, momenta):
         """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
-        dataset, recipe, rows = self.dataset, self.recipe, plan.at(self.rows)
+        trainer, dataset, recipe, rows = self.trainer, self.dataset, self.recipe, plan.at(self.rows)
         self.labels.copy_(dataset.train_labels[rows.indices])
         for i in range(0, len(self.rows), AUGMENT_BATCH):
             part = rows.at(slice(i, i + AUGMENT_BATCH))
-            images = dataset.train_images[part.indices]
-            images = augment(images, part, recipe, self.trainer.normalize)
+            images = augment(dataset.train_images[part.indices], part, recipe, trainer.normalize)
             inside = self.pixels[i : i + AUGMENT_BATCH, :, 1:-1, 1:-1]
             inside.copy_(images.to(self.target.dtype))
-        n = self.trainer.epoch * self.trainer.steps_per_epoch
-        n += torch.arange(len(lrs), dtype=torch.float64) + 1
+        n = trainer.epoch * trainer.steps_per_epoch + 1 + torch.arange(len(lrs)).double()
         lr, momentum = torch.tensor([lrs, momenta], dtype=torch.float64)
         window = (recipe.weight_avg_frac * n).clamp(min=1)  # steps of the average, if there is one
         corrections = 1 - momentum**n, 1 - recipe.beta2**n
@@ -109,8 +107,7 @@ class FusedStep:
         config = self.model.config
         S, T, C = config["image_size"], config["channels"] + 1, config["dim"]
         tokens = [T] * (config["depth"] - 1) + [1]  # in the last block of the CLS token alone
-        where = {"dtype": self.target.storage, "device": self.device}
-        buffer = lambda *shape: torch.zeros(shape, **where)
+        buffer = lambda *shape: torch.zeros(shape, dtype=self.target.storage, device=self.device)
         sizes = [min(full, N - first) for first in range(0, N, full)]
         shards = {size: self.dist.shard(size) for size in {*sizes}}
         rows = [torch.arange(*shards[size]) + i * full for i, size in enumerate(sizes)]

@@ -4,9 +4,8 @@
     m += (1 - beta1) (g - m),  v = beta2 v + (1 - beta2) g^2,
     p = p (1 - lr decay) - lr m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps)
 
-lr and momentum come from a table on the device, its row from a counter on the device, which
-`reduce` advances. torch.optim.AdamW computes the same, but takes beta1, which OneCycle moves, as a
-number of the host. Loshchilov & Hutter 2017, arXiv:1711.05101.
+`reduce` advances the counter of steps. torch.optim.AdamW computes the same, but takes beta1, which
+OneCycle moves, as a number of the host. Loshchilov & Hutter 2017, arXiv:1711.05101.
 """
 
 import triton
