@@ -185,8 +185,7 @@ def test_other_images_are_refused(finished, monkeypatch, invoke, fails):
 
 
 def test_files_without_a_run_are_refused(finished, tmp_path, fails):
-    message = "has weights only; the state of its run is in last.pt"
-    assert message in fails(train, ["--resume", finished / "best.pt"])
+    assert "has weights only; the state of" in fails(train, ["--resume", finished / "best.pt"])
     assert "no last.pt there" in fails(train, ["--resume", tmp_path / "nothing"])
     assert "is not a checkpoint" in fails(train, ["--resume", finished / "history.csv"])
 

@@ -82,8 +82,8 @@ def test_five_steps(recipe, monkeypatch):
     frac = 0.5 if recipe == "long" else 0.0
     trainers = small_trainers(recipe, monkeypatch, weight_avg_frac=frac)
     fused = trainers[0].fused_step
-    buffers = [*trainers[0].model.parameters(), fused.exp_avg, fused.exp_avg_sq]
-    addresses = [t.data_ptr() for t in buffers]
+    buffers = lambda: [*trainers[0].model.parameters(), fused.exp_avg, fused.exp_avg_sq]
+    addresses = [t.data_ptr() for t in buffers()]
     for n in range(5):
         epoch, i = divmod(n, 3)
         for trainer in trainers:
@@ -100,11 +100,9 @@ def test_five_steps(recipe, monkeypatch):
                 assert error <= bound, f"{name} after {n + 1} steps: {error:.1e}, {own:.1e}"
         if n == 3:  # in place: a captured graph goes on reading the same addresses
             saved = copy.deepcopy(trainers[0].state_dict())
-            for tensor in (fused.param, fused.exp_avg, fused.exp_avg_sq):
-                tensor.add_(1)
+            torch._foreach_add_([fused.param, fused.exp_avg, fused.exp_avg_sq], 1)
             trainers[0].load_state_dict(saved)
-            buffers = [*trainers[0].model.parameters(), fused.exp_avg, fused.exp_avg_sq]
-            assert addresses == [t.data_ptr() for t in buffers]
+            assert addresses == [t.data_ptr() for t in buffers()]
     assert trainers[0].finite_counts.tolist() == trainers[1].finite_counts.tolist()
 
 
@@ -131,8 +129,7 @@ def test_finite_counts():
     fused = fused_step("default", torch.float32)
     fused.begin_epoch(epoch_plan(fused.recipe, 3, 32, 0, 0, DEVICE), [0.1] * 2, [0.9] * 2)
     fused.counter.fill_(1)
-    sizes = [p.numel() for p in fused.model.parameters()]
-    grads = fused.grad[:-2].fill_(1e-3).split(sizes)
+    grads = fused.grad[:-2].fill_(1e-3).split([p.numel() for p in fused.model.parameters()])
     grads[0][3], grads[4][100], grads[6][16383] = float("nan"), float("inf"), 1e20
     fused.grad[-2:] = torch.tensor([5.0, 2.0])
     fused.finite_counts.fill_(7)
@@ -158,9 +155,7 @@ def test_launches_of_a_step(recipe):
 
 
 def test_gradients_fit_fp16():
-    """Those of the sum of losses: far below fp16's greatest number and, where they matter, above
-    its least one.
-    """
+    """Those of the sum of losses: far below its greatest number and, where they matter, exact."""
     found, outputs = make_trainer(data.load_shapes(128, 1), RECIPES["default"]), []
     model, images = found.model, found.normalize(found.dataset.train_images)
     for module in (model.stem, *(half for block in model.blocks for half in block.children())):
