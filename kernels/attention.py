@@ -9,8 +9,7 @@
 A program is one image (backward: several, where the batch is large), its tokens padded to 64 rows.
 A loop over heads keeps one head's scores in registers; nothing between x and z goes to memory. The
 backward computes y, q, k, v and P again, which costs less than to store and load them, as in
-FlashAttention (Dao et al. 2022, arXiv:2205.14135). Every program stores its part of the weight
-gradients, and one sum over programs ends it: without atomics, a repeated run gives the same bits.
+FlashAttention (Dao et al. 2022, arXiv:2205.14135).
 
 Letters: B batch, T tokens (33), Q queries (T, or 1 in the last block, which computes the CLS token
 alone), TP and QP: padded, C width (64), H heads (4), D head width (16).
@@ -20,29 +19,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import (
-    Target, accumulate, cast, dot, images_per_program, launch, layer_norm_backward, load,
-    normalize_rows, num_programs, padded, scale_shift,
-)  # fmt: skip
+from kernels.functions import Target, accumulate, cast, dot, launch, layer_norm_backward, load
+from kernels.functions import load_norm, padded, split
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def softmax(scores, scale, T):
-    """Of scale * scores over the first T columns; powers of 2 are one instruction."""
-    factor = scale * LOG2_E
+def softmax(scores, SCALE: tl.constexpr, T):
+    """Of SCALE * scores over the first T columns; powers of 2 are one instruction."""
+    factor = SCALE * LOG2_E
     scores = tl.where(tl.arange(0, scores.shape[1])[None, :] < T, scores, -float("inf"))
     powers = tl.exp2(scores * factor - tl.max(scores, 1, keep_dims=True) * factor)
     return powers / tl.sum(powers, 1, keep_dims=True)
-
-
-@triton.jit
-def load_norm(x_ptr, rows, count, norm_weight_ptr, norm_bias_ptr, C: tl.constexpr):
-    """The first `count` rows of x (.., C), zeros after them, and LayerNorm of them; fp32."""
-    x = tl.load(x_ptr + rows * C + tl.arange(0, C)[None, :], mask=rows < count, other=0.0)
-    x = x.to(tl.float32)
-    return x, scale_shift(normalize_rows(x)[0], norm_weight_ptr, norm_bias_ptr)
 
 
 @triton.jit
@@ -59,7 +48,6 @@ def forward_kernel(
     norm_weight_ptr, norm_bias_ptr,  # (C,)
     qkv_ptr, out_ptr,  # (3HD, C), (C, HD)
     z_ptr,  # (B, Q, C), working dtype
-    scale,
     T: tl.constexpr, TP: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -67,23 +55,24 @@ def forward_kernel(
     t, i, c = tl.arange(0, TP)[:, None], tl.arange(0, QP)[:, None], tl.arange(0, C)
     x_ptr += b * T * C
     out_ptr += c[:, None] * (H * D) + tl.arange(0, D)[None, :]  # (C, D)
-    y = cast(load_norm(x_ptr, t, T, norm_weight_ptr, norm_bias_ptr, C)[1], DTYPE)
-    z, yq = load_norm(x_ptr, i, Q, norm_weight_ptr, norm_bias_ptr, C)
-    yq = cast(yq, DTYPE)
+    offsets = i * C + c[None, :]
+    _, y, _, _ = load_norm(x_ptr, t * C + c[None, :], t < T, norm_weight_ptr, norm_bias_ptr)
+    z, yq, _, _ = load_norm(x_ptr, offsets, i < Q, norm_weight_ptr, norm_bias_ptr)
+    y, yq = cast(y, DTYPE), cast(yq, DTYPE)
     for h in range(H):
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
         q = cast(dot(yq, tl.trans(wq)), DTYPE)  # (QP, C) x (C, D) -> (QP, D)
         k = cast(dot(y, tl.trans(wk)), DTYPE)  # (TP, C) x (C, D) -> (TP, D)
         v = cast(dot(y, tl.trans(wv)), DTYPE)
-        p = cast(softmax(dot(q, tl.trans(k)), scale, T), DTYPE)  # (QP, D) x (D, TP) -> (QP, TP)
+        p = cast(softmax(dot(q, tl.trans(k)), D**-0.5, T), DTYPE)  # (QP, D) x (D, TP) -> (QP, TP)
         o = cast(dot(p, v), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
         z += dot(o, tl.trans(load(out_ptr + h * D, DTYPE)))  # (QP, D) x (D, C) -> (QP, C)
-    tl.store(z_ptr + b * Q * C + i * C + c[None, :], cast(z, DTYPE), mask=i < Q)
+    tl.store(z_ptr + b * Q * C + offsets, cast(z, DTYPE), mask=i < Q)
 
 
 @triton.jit
 def heads_backward(
-    y, yq, dz_ptr, num_rows, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, is_later, scale,
+    y, yq, dz_ptr, num_rows, qkv_ptr, out_ptr, partial_ptr, is_later,
     T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dy (TP, C); stores the weight gradients of one image, or adds them to those before."""
@@ -93,6 +82,7 @@ def heads_backward(
     i, c, d = tl.arange(0, QP)[:, None], tl.arange(0, C), tl.arange(0, D)
     row, column = d[:, None] * C + c[None, :], c[:, None] * (H * D) + d[None, :]  # (D, C), (C, D)
     dz_ptr += i * C + c[None, :]
+    dout_ptr = partial_ptr + 2 * C + 3 * H * D * C + column
     dy = tl.zeros((TP, C), tl.float32)
     for h in range(H):
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
@@ -101,27 +91,27 @@ def heads_backward(
         v = cast(dot(y, tl.trans(wv)), DTYPE)
         dz = tl.load(dz_ptr, mask=i < num_rows, other=0.0)
         do = cast(dot(dz, load(out_ptr + h * D + column, DTYPE)), DTYPE)  # (QP, C) x (C, D)
-        p = softmax(dot(q, tl.trans(k)), scale, T)  # (QP, D) x (D, TP) -> (QP, TP)
+        p = softmax(dot(q, tl.trans(k)), D**-0.5, T)  # (QP, D) x (D, TP) -> (QP, TP)
         rounded = cast(p, DTYPE)
         o = cast(dot(rounded, v), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
         dv = cast(dot(tl.trans(rounded), do), DTYPE)  # (TP, QP) x (QP, D) -> (TP, D)
-        dhead_ptr = dqkv_ptr + h * D * C
-        accumulate(dhead_ptr + 2 * H * D * C + row, dot(tl.trans(dv), y), is_later)  # (D, C)
+        dqkv_ptr = partial_ptr + 2 * C + h * D * C + row
+        accumulate(dqkv_ptr + 2 * H * D * C, dot(tl.trans(dv), y), is_later)  # (D, C)
         # dz and the weights are read twice: registers and shared memory are scarce.
         dz = tl.load(dz_ptr, mask=i < num_rows, other=0.0)
-        accumulate(dout_ptr + h * D + column, dot(tl.trans(dz), o), is_later)  # (C, QP) x (QP, D)
+        accumulate(dout_ptr + h * D, dot(tl.trans(dz), o), is_later)  # (C, QP) x (QP, D)
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
         dy += dot(dv, wv)  # (TP, D) x (D, C) -> (TP, C)
         dp = dot(do, tl.trans(v))  # (QP, D) x (D, TP) -> (QP, TP)
-        ds = cast(p * (dp - tl.sum(p * dp, 1)[:, None]) * scale, DTYPE)
+        ds = cast(p * (dp - tl.sum(p * dp, 1)[:, None]) * D**-0.5, DTYPE)
         dq = cast(dot(ds, k), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
-        accumulate(dhead_ptr + row, dot(tl.trans(dq), yq), is_later)
+        accumulate(dqkv_ptr, dot(tl.trans(dq), yq), is_later)
         if QP == TP:
             dy += dot(dq, wq)
         else:  # the CLS token alone: rows after the first are 0
             dy += tl.where(tl.arange(0, TP)[:, None] == 0, tl.sum(dot(dq, wq), 0)[None, :], 0.0)
         dk = cast(dot(tl.trans(ds), q), DTYPE)  # (TP, QP) x (QP, D) -> (TP, D)
-        accumulate(dhead_ptr + H * D * C + row, dot(tl.trans(dk), y), is_later)
+        accumulate(dqkv_ptr + H * D * C, dot(tl.trans(dk), y), is_later)
         dy += dot(dk, wk)
     return dy
 
@@ -129,37 +119,31 @@ def heads_backward(
 # Compiled once for a count of 1, without the sums over images, and once for others.
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["count"])
 def backward_kernel(
-    x_ptr,  # (B, T, C), working dtype
-    norm_weight_ptr, norm_bias_ptr,  # (C,)
-    qkv_ptr, out_ptr,  # (3HD, C), (C, HD)
+    x_ptr, norm_weight_ptr, norm_bias_ptr, qkv_ptr, out_ptr,  # as above
     dz_ptr,  # (B, Q, C), working dtype
     dx_ptr,  # (B, T, C), working dtype or fp32
     partial_ptr,  # (programs, 2C + 3HDC + CHD), of norm weight and bias, qkv and out
-    scale, B, count,  # images; images of a program
+    B, count,  # images; images of a program
     T: tl.constexpr, TP: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    t, c = tl.arange(0, TP)[:, None], tl.arange(0, C)
+    t, tq, c = tl.arange(0, TP)[:, None], tl.arange(0, QP)[:, None], tl.arange(0, C)
     partial_ptr += tl.program_id(0).to(tl.int64) * (4 * H * D * C + 2 * C)
-    dqkv_ptr, dout_ptr = partial_ptr + 2 * C, partial_ptr + 2 * C + 3 * H * D * C
     i = 0
     while i < count:
         b = tl.program_id(0).to(tl.int64) * count + i
         num_rows, num_queries = tl.where(b < B, T, 0), tl.where(b < B, Q, 0)
         x_at, dz_at = x_ptr + b * T * C, dz_ptr + b * Q * C
-        y = cast(load_norm(x_at, t, num_rows, norm_weight_ptr, norm_bias_ptr, C)[1], DTYPE)
-        yq = y
-        if QP != TP:
-            tq = tl.arange(0, QP)[:, None]
-            yq = load_norm(x_at, tq, num_queries, norm_weight_ptr, norm_bias_ptr, C)[1]
-            yq = cast(yq, DTYPE)
-        dy = heads_backward(
-            y, yq, dz_at, num_queries, qkv_ptr, out_ptr, dqkv_ptr, dout_ptr, i > 0, scale,
-            T, H, D, DTYPE,
-        )  # fmt: skip
-        # Read again: to keep it in registers over the heads would spill.
         offsets, mask = t * C + c[None, :], t < num_rows
-        x_hat, rstd = normalize_rows(tl.load(x_at + offsets, mask=mask, other=0.0).to(tl.float32))
+        _, y, _, _ = load_norm(x_at, offsets, mask, norm_weight_ptr, norm_bias_ptr)
+        at, mask_q = tq * C + c[None, :], tq < num_queries
+        _, yq, _, _ = load_norm(x_at, at, mask_q, norm_weight_ptr, norm_bias_ptr)
+        y, yq = cast(y, DTYPE), cast(yq, DTYPE)
+        dy = heads_backward(
+            y, yq, dz_at, num_queries, qkv_ptr, out_ptr, partial_ptr, i > 0, T, H, D, DTYPE
+        )
+        # Read again: to keep it in registers over the heads would spill.
+        _, _, x_hat, rstd = load_norm(x_at, offsets, mask, norm_weight_ptr, norm_bias_ptr)
         accumulate(partial_ptr + c, tl.sum(dy * x_hat, 0), i > 0)
         accumulate(partial_ptr + C + c, tl.sum(dy, 0), i > 0)
         dx = layer_norm_backward(dy, x_hat, rstd, norm_weight_ptr)
@@ -170,24 +154,21 @@ def backward_kernel(
 
 
 def constants(weights, heads, x, z, target):
-    """Scale of the scores, and constants of the kernels."""
-    _, T, C = x.shape
-    D, Q = len(weights[2]) // (3 * heads), z.shape[1]
+    (_, T, C), Q, D = x.shape, z.shape[1], len(weights[2]) // (3 * heads)
     sizes = {"T": T, "TP": padded(T), "Q": Q, "QP": padded(Q), "C": C, "H": heads, "D": D}
-    return D**-0.5, sizes | target.options("attention")
+    return sizes | target.options
 
 
 def forward(x, weights, heads, z, num_images, target):
     """Write z (B, Q, C) of x (B, T, C) and the parameters of a vit.Attention."""
-    scale, sizes = constants(weights, heads, x, z, target)
-    launch(forward_kernel, num_images, x, *weights, z, scale, **sizes)
+    launch(forward_kernel, num_images, x, *weights, z, **constants(weights, heads, x, z, target))
 
 
 def backward(x, weights, heads, dz, dx, partial_grads, num_images, target):
     """Write dx and the partial gradients of the parameters, given dz (B, Q, C)."""
-    scale, sizes = constants(weights, heads, x, dz, target)
-    args = partial_grads, scale, num_images, images_per_program(num_images)
-    launch(backward_kernel, num_programs(num_images), x, *weights, dz, dx, *args, **sizes)
+    sizes, (programs, count) = constants(weights, heads, x, dz, target), split(num_images)
+    args = x, *weights, dz, dx, partial_grads, num_images, count
+    launch(backward_kernel, programs, *args, **sizes)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -213,7 +194,7 @@ class FusedAttention(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         dz, dx = dz.to(x.dtype).contiguous(), torch.empty_like(x)
         sizes = [w.numel() for w in weights]
-        partial_grads = x.new_empty(num_programs(len(x)), sum(sizes), dtype=torch.float32)
+        partial_grads = x.new_empty(split(len(x))[0], sum(sizes), dtype=torch.float32)
         backward(x, weights, ctx.heads, dz, dx, partial_grads, len(x), ctx.target)
         grads = [g.view_as(w) for g, w in zip(partial_grads.sum(0).split(sizes), weights)]
         return dx.to(ctx.target.dtype), *grads, None, None

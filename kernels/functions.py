@@ -52,14 +52,11 @@ class Target(NamedTuple):
         few = str(self.arch).startswith(("9", "10", "gfx9"))
         return 4 if uses_tensor_cores and few else 8
 
-    def options(self, kernel):
+    @property
+    def options(self):
         """Constants of a launch that depend on dtype and GPU: what spills least of those tried."""
-        tile = {"stem forward": {"TILE": 64}, "stem backward": {"TILE": 32}, "mlp": {"R": 16}}
-        if INTERPRETED:  # an operation costs the interpreter the same time at any size
-            tile["stem backward"] = {"TILE": 64}
         warps = self.num_warps(self.dtype != torch.float32)
-        launch = {"DTYPE": DTYPES[self.dtype], "num_warps": warps, "num_stages": 1}
-        return launch | tile.get(kernel, {})
+        return {"DTYPE": DTYPES[self.dtype], "num_warps": warps, "num_stages": 1}
 
 
 def launch(kernel, programs, *args, **constants):
@@ -77,14 +74,10 @@ def padded(size):
     return max(16, triton.next_power_of_2(size))
 
 
-def images_per_program(count):
-    """How many of `count` images, or tiles of rows, a program of a backward kernel takes."""
-    return max(1, triton.cdiv(count, MAX_PROGRAMS))
-
-
-def num_programs(count):
-    """Programs of a backward kernel, which is the rows of its partial gradients."""
-    return triton.cdiv(count, images_per_program(count))
+def split(count):
+    """Programs of a backward kernel, a row of partial gradients each, and images of a program."""
+    each = max(1, triton.cdiv(count, MAX_PROGRAMS))
+    return triton.cdiv(count, each), each
 
 
 @triton.jit
@@ -123,29 +116,30 @@ def dot(a, b):
 
 
 @triton.jit
-def first_image(counter_ptr, batch_size):
-    """Where the running step begins among this rank's images of the epoch."""
-    return tl.load(counter_ptr).to(tl.int64) * batch_size
+def load_norm(x_ptr, offsets, mask, weight_ptr, bias_ptr):
+    """Rows of x (N, C), zeros where `mask` is false, and LayerNorm y of them, all fp32.
 
-
-@triton.jit
-def normalize_rows(x):
-    """Rows of fp32 x (N, C) to mean 0 and variance 1, and their 1 / std (N,), as LayerNorm."""
+    Returns x, y, x_hat, which has mean 0 and variance 1, and 1 / std (N,).
+    """
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     centered = x - tl.sum(x, 1)[:, None] / x.shape[1]
     rstd = tl.rsqrt(tl.sum(centered * centered, 1) / x.shape[1] + EPS)
-    return centered * rstd[:, None], rstd
+    x_hat, c = centered * rstd[:, None], tl.arange(0, x.shape[1])
+    y = x_hat * tl.load(weight_ptr + c)[None, :] + tl.load(bias_ptr + c)[None, :]
+    return x, y, x_hat, rstd
 
 
 @triton.jit
-def scale_shift(x_hat, weight_ptr, bias_ptr):
-    """The second half of LayerNorm: weight and bias (C,) on normalized rows (N, C), fp32."""
-    c = tl.arange(0, x_hat.shape[1])
-    return x_hat * tl.load(weight_ptr + c)[None, :] + tl.load(bias_ptr + c)[None, :]
+def update_average(average_ptr, p, weight, mask):
+    """Move an average of parameters toward p by a share `weight`, which is 0 without an average."""
+    if weight > 0:
+        average = tl.load(average_ptr, mask=mask, other=0.0)
+        tl.store(average_ptr, average + weight * (p - average), mask=mask)
 
 
 @triton.jit
 def layer_norm_backward(dy, x_hat, rstd, weight_ptr):
-    """The gradient of x, given that of scale_shift(normalize_rows(x))."""
+    """The gradient of x, given that of y, which load_norm returns."""
     C: tl.constexpr = dy.shape[1]
     grad = dy * tl.load(weight_ptr + tl.arange(0, C))[None, :]
     mean = tl.sum(grad, 1)[:, None] / C
@@ -154,13 +148,15 @@ def layer_norm_backward(dy, x_hat, rstd, weight_ptr):
 
 
 @triton.jit
-def normal_sf(a):
-    """P(Z > a), Z standard normal and a >= 0, as 2 to the power of a polynomial.
+def gelu(x):
+    """Exact GELU of fp32 x, x P(Z < x), error within 2^-23 |x|, and its derivative.
 
-    log2 of it is so smooth that a few terms do: a minimax fit of a P(Z > a), its share of GELU,
-    over [0, 5.8], error 7.5e-9. The leading term is negative, so beyond the fit the value vanishes
-    faster than it should, and never grows.
+    P(Z > |x|) is 2 to the power of a polynomial, which takes fewer instructions than erf. Its log2
+    is so smooth that a few terms do: a minimax fit of a P(Z > a), its share of GELU, over [0, 5.8],
+    error 7.5e-9. The leading term is negative, so beyond the fit the value vanishes faster than it
+    should, and never grows.
     """
+    a = tl.abs(x)
     p = -2.77204913e-06 * a + 3.86207466e-05
     p = p * a - 0.000182547592
     p = p * a - 0.000145870144
@@ -168,22 +164,8 @@ def normal_sf(a):
     p = p * a - 0.0525050275
     p = p * a - 0.459204912
     p = p * a - 1.15110576
-    return tl.exp2(p * a - 1.0)
-
-
-@triton.jit
-def gelu(x):
-    """Exact GELU of fp32 x, error within 2^-23 |x|, for fewer instructions than erf takes."""
-    a = tl.abs(x)
-    return tl.maximum(x, 0.0) - a * normal_sf(a)
-
-
-@triton.jit
-def gelu_with_grad(x):
-    """gelu(x), and its derivative P(Z < x) + x exp(-x^2 / 2) / sqrt(2 pi), of fp32 x."""
-    a = tl.abs(x)
-    sf = normal_sf(a)
+    tail = tl.exp2(p * a - 1.0)
     # The normal density as a power of 2, of -a^2 log2(e) / 2 - log2(2 pi) / 2.
     density = tl.exp2(a * a * -0.72134752 - 1.32574807)
-    left = sf - a * density  # the derivative at -a; that at a is 1 minus it
-    return tl.maximum(x, 0.0) - a * sf, tl.where(x < 0, left, 1.0 - left)
+    left = tail - a * density  # the derivative at -a; that at a is 1 minus it
+    return tl.maximum(x, 0.0) - a * tail, tl.where(x < 0, left, 1.0 - left)

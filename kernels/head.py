@@ -13,9 +13,7 @@ Letters: B batch, C width (64), K classes, KP: K padded.
 import triton
 import triton.language as tl
 
-from kernels.functions import (
-    cast, dot, launch, layer_norm_backward, normalize_rows, padded, first_image, scale_shift,
-)  # fmt: skip
+from kernels.functions import cast, dot, launch, layer_norm_backward, load_norm, padded
 
 ROWS = 16
 
@@ -34,14 +32,13 @@ def head_kernel(
 ):  # fmt: skip
     b, c, k = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, C), tl.arange(0, KP)
     offsets, mask = b.to(tl.int64)[:, None] * C + c[None, :], b[:, None] < B
-    x_hat, rstd = normalize_rows(tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32))
-    y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr)
+    _, y, x_hat, rstd = load_norm(x_ptr, offsets, mask, norm_weight_ptr, norm_bias_ptr)
     at, in_weight = k[:, None] * C + c[None, :], k[:, None] < K
     weight = tl.load(weight_ptr + at, mask=in_weight, other=0.0)  # (KP, C)
     logits = dot(y, tl.trans(weight)) + tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     logits = tl.where(k[None, :] < K, logits, -float("inf"))  # (R, KP)
 
-    labels_ptr += first_image(counter_ptr, batch_size) + b
+    labels_ptr += tl.load(counter_ptr).to(tl.int64) * batch_size + b
     label = tl.load(labels_ptr, mask=b < B, other=0).to(tl.int32)
     is_label = k[None, :] == label[:, None]
     largest = tl.max(logits, 1)
@@ -69,10 +66,11 @@ def num_programs(num_images):
     return triton.cdiv(num_images, ROWS)
 
 
-def forward_backward(model, x, labels, counter, dx, partial_grads, batch_size, num_images, target):
-    """Write dx and partial gradients, loss and correct of norm, head and cross entropy."""
-    K, C = model.head.weight.shape
-    weights = *model.norm.parameters(), *model.head.parameters()
-    args = x, *weights, labels, counter, dx, partial_grads, batch_size, num_images
-    sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **target.options("head")}
+def forward_backward(state, num_images):
+    """Write state.dx[-1], and partial gradients of norm and head, loss and correct."""
+    norm, head = state.model.norm, state.model.head
+    K, C = head.weight.shape
+    args = state.x[-1], *norm.parameters(), *head.parameters(), state.labels, state.counter
+    args = *args, state.dx[-1], state.partials["head"], state.batch_size, num_images
+    sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **state.target.options}
     launch(head_kernel, num_programs(num_images), *args, **sizes)

@@ -15,11 +15,9 @@ Letters: N tokens, C width (64), M hidden width (64), R rows of a tile.
 import triton
 import triton.language as tl
 
-from kernels import functions
-from kernels.functions import (
-    cast, dot, gelu, gelu_with_grad, images_per_program, launch, layer_norm_backward, load,
-    normalize_rows, scale_shift,
-)  # fmt: skip
+from kernels.functions import cast, dot, gelu, launch, layer_norm_backward, load, load_norm, split
+
+ROWS = 16  # of a tile
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -35,25 +33,22 @@ def forward_kernel(
     n = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     c, m = tl.arange(0, C), tl.arange(0, M)
     offsets, mask = n * C + c[None, :], n < N
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = cast(scale_shift(normalize_rows(x)[0], norm_weight_ptr, norm_bias_ptr), DTYPE)
+    x, y, _, _ = load_norm(x_ptr, offsets, mask, norm_weight_ptr, norm_bias_ptr)
+    y = cast(y, DTYPE)
     w1 = load(weight1_ptr + m[:, None] * C + c[None, :], DTYPE)
     h = dot(y, tl.trans(w1)) + tl.load(bias1_ptr + m)[None, :]  # (R, C) x (C, M) -> (R, M)
     w2 = load(weight2_ptr + c[:, None] * M + m[None, :], DTYPE)
     z = x + tl.load(bias2_ptr + c)[None, :]
-    z += dot(cast(gelu(h), DTYPE), tl.trans(w2))  # (R, M) x (M, C) -> (R, C)
+    z += dot(cast(gelu(h)[0], DTYPE), tl.trans(w2))  # (R, M) x (M, C) -> (R, C)
     tl.store(z_ptr + offsets, cast(z, DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "count"])
+@triton.jit(do_not_specialize=["N"])
 def backward_kernel(
-    x_ptr,  # (N, C), working dtype
-    norm_weight_ptr, norm_bias_ptr,  # (C,)
-    weight1_ptr, bias1_ptr,  # (M, C), (M,)
-    weight2_ptr,  # (C, M)
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr,  # as above
     dz_ptr, dx_ptr,  # (N, C), working dtype
     partial_ptr,  # (programs, 2C + MC + M + CM + C), of norm, linear1, linear2; weight before bias
-    N, count,  # tokens; tiles of a program
+    N,
     C: tl.constexpr, M: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     c, m = tl.arange(0, C), tl.arange(0, M)
@@ -61,17 +56,15 @@ def backward_kernel(
     dnorm_weight, dnorm_bias = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     dweight1, dbias1 = tl.zeros((M, C), tl.float32), tl.zeros((M,), tl.float32)
     dweight2, dbias2 = tl.zeros((C, M), tl.float32), tl.zeros((C,), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * count * R
-    stop = tl.minimum(first + count * R, N)
-    while first < stop:
-        n = first + tl.arange(0, R)[:, None]
+    first = tl.program_id(0) * R
+    while first < N:
+        n = first.to(tl.int64) + tl.arange(0, R)[:, None]
         offsets, mask = n * C + c[None, :], n < N
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        x_hat, rstd = normalize_rows(x)
-        y = cast(scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr), DTYPE)
+        _, y, x_hat, rstd = load_norm(x_ptr, offsets, mask, norm_weight_ptr, norm_bias_ptr)
+        y = cast(y, DTYPE)
         w1 = load(weight1_ptr + at1, DTYPE)
         h = dot(y, tl.trans(w1)) + tl.load(bias1_ptr + m)[None, :]  # (R, C) x (C, M) -> (R, M)
-        g, dh = gelu_with_grad(h)
+        g, dh = gelu(h)
         dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0)
         dweight2 += dot(tl.trans(dz), cast(g, DTYPE))  # (C, R) x (R, M) -> (C, M)
         dbias2 += tl.sum(dz.to(tl.float32), 0)
@@ -84,7 +77,7 @@ def backward_kernel(
         dnorm_bias += tl.sum(dy, 0)
         dx = dz.to(tl.float32) + layer_norm_backward(dy, x_hat, rstd, norm_weight_ptr)
         tl.store(dx_ptr + offsets, cast(dx, DTYPE), mask=mask)
-        first += R
+        first += tl.num_programs(0) * R
     partial_ptr += tl.program_id(0).to(tl.int64) * (2 * C * M + M + 3 * C)
     tl.store(partial_ptr + c, dnorm_weight)
     tl.store(partial_ptr + C + c, dnorm_bias)
@@ -94,26 +87,20 @@ def backward_kernel(
     tl.store(partial_ptr + 2 * C + 2 * C * M + M + c, dbias2)
 
 
-def constants(mlp, target):
-    M, C = mlp.linear1.weight.shape
-    return {"C": C, "M": M, **target.options("mlp")}
-
-
-def num_programs(num_tokens, target):
+def num_programs(num_tokens):
     """Programs of the backward, which is the rows of its partial gradients."""
-    return functions.num_programs(triton.cdiv(num_tokens, target.options("mlp")["R"]))
+    return split(triton.cdiv(num_tokens, ROWS))[0]
 
 
 def forward(mlp, x, z, num_images, target):
     """Write z = mlp(x), both (B, T, C)."""
-    sizes, num_tokens = constants(mlp, target), num_images * x.shape[1]
-    programs = triton.cdiv(num_tokens, sizes["R"])
-    launch(forward_kernel, programs, x, *mlp.parameters(), z, num_tokens, **sizes)
+    num_tokens, (M, C) = num_images * x.shape[1], mlp.linear1.weight.shape
+    args, programs = (x, *mlp.parameters(), z, num_tokens), triton.cdiv(num_tokens, ROWS)
+    launch(forward_kernel, programs, *args, C=C, M=M, R=ROWS, **target.options)
 
 
 def backward(mlp, x, dz, dx, partial_grads, num_images, target):
     """Write dx and the partial gradients of the parameters, given dz; all (B, T, C)."""
-    sizes, num_tokens = constants(mlp, target), num_images * x.shape[1]
-    count = images_per_program(triton.cdiv(num_tokens, sizes["R"]))
-    args = x, *list(mlp.parameters())[:-1], dz, dx, partial_grads, num_tokens, count
-    launch(backward_kernel, num_programs(num_tokens, target), *args, **sizes)
+    num_tokens, (M, C) = num_images * x.shape[1], mlp.linear1.weight.shape
+    args = x, *list(mlp.parameters())[:-1], dz, dx, partial_grads, num_tokens
+    launch(backward_kernel, num_programs(num_tokens), *args, C=C, M=M, R=ROWS, **target.options)

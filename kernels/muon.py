@@ -3,15 +3,13 @@
     S = u u', chunk by chunk of u;  five times P = Q P, S = Q S Q, Q = a I + b S + c S^2;
     W -= lr P u, chunk by chunk
 
-u is read twice and never stored; what is iterated is (64, 64), n, the shorter side of every
-matrix, being at most 64.
+u is read twice and never stored. The shorter side of every matrix is at most 64, that of S.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import INTERPRETED, launch
+from kernels.functions import INTERPRETED, launch, update_average
 from schedule import COEFFICIENTS, EPS
 
 SIDE = 64  # of gram matrices
@@ -27,15 +25,15 @@ def nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum):
     return m, g + momentum * (m - g)
 
 
-@triton.jit(do_not_specialize=["averaging"])
+@triton.jit
 def muon_kernel(
     grad_ptr,  # (N,)
     counter_ptr,  # (1,), int32, steps done in the epoch, this one included
-    hparams_ptr,  # (steps, 6): lr, momentum, ..., weight of the newest weights in the average
+    hparams_ptr,  # (steps, 6), see adamw_kernel
     coefficients_ptr,  # (STEPS, 3): a, b, c
-    layout_ptr,  # (programs, 3), int32: offset of a matrix, its rows, its columns
+    layout_ptr,  # (programs, 3), int32: offset of a matrix (a chunk of a parameter), rows, columns
     param_ptr, exp_avg_ptr, average_ptr,  # (N,), updated in place
-    weight_decay, eps, averaging,
+    weight_decay, eps,
     STEPS: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     layout_ptr += 3 * tl.program_id(0)
@@ -75,24 +73,8 @@ def muon_kernel(
         p -= scale * tl.dot(product, u, input_precision=PRECISION)
         tl.store(param_ptr + i, p, mask=mask)
         tl.store(exp_avg_ptr + i, exp_avg, mask=mask)
-        in_average = mask & (averaging != 0)
-        average = tl.load(average_ptr + i, mask=in_average, other=0.0)
-        tl.store(average_ptr + i, average + average_weight * (p - average), mask=in_average)
+        update_average(average_ptr + i, p, average_weight, mask)
         first += CHUNK
-
-
-def layout(params, num_chunks, device):
-    """(matrices, 3), int32: offset in the flat parameters, rows and columns of every matrix;
-    num_chunks[p] are stacked in a parameter p of Muon's.
-    """
-    matrices, offset = [], 0
-    for p in params:
-        if p in num_chunks:
-            rows, columns = len(p) // num_chunks[p], p.numel() // len(p)
-            ends = range(offset, offset + p.numel(), rows * columns)
-            matrices += [[start, rows, columns] for start in ends]
-        offset += p.numel()
-    return torch.tensor(matrices, dtype=torch.int32, device=device)
 
 
 def options(target):
@@ -106,12 +88,9 @@ def options(target):
     return {"PRECISION": precision, "num_warps": target.num_warps(has_tf32 or is_amd)}
 
 
-def step(state, matrices, weight_decay, target):
-    """Update every matrix; `state` has the flat buffers and the tables of FusedStep."""
-    args = state.grad, state.counter, state.hparams, state.coefficients, matrices
-    buffers = state.param, state.exp_avg, state.average
-    sizes = {"STEPS": len(COEFFICIENTS), "SIDE": SIDE, "CHUNK": CHUNK}
-    launch(
-        muon_kernel, len(matrices), *args, *buffers, weight_decay, EPS, int(state.averaging),
-        **sizes, **options(target),
-    )  # fmt: skip
+def step(state):
+    """Update every matrix; `state` is the FusedStep."""
+    args = state.grad, state.counter, state.hparams, state.coefficients, state.matrices
+    args = *args, state.param, state.exp_avg, state.average, state.recipe.weight_decay, EPS
+    sizes = {"STEPS": len(COEFFICIENTS), "SIDE": SIDE, "CHUNK": CHUNK, **options(state.target)}
+    launch(muon_kernel, len(state.matrices), *args, **sizes)

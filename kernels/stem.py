@@ -20,10 +20,10 @@ Letters: B batch, S side of an image (32), P side of a patch (2), N patches (256
 import triton
 import triton.language as tl
 
-from kernels.functions import (
-    cast, dot, first_image, gelu, gelu_with_grad, images_per_program, launch, load, num_programs,
-    padded,
-)  # fmt: skip
+from kernels.functions import INTERPRETED, cast, dot, gelu, launch, load, padded, split
+
+# Patches at once. The interpreter's time is that of operations, whatever their size.
+TILE, BACKWARD_TILE = 64, 64 if INTERPRETED else 32
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def forward_kernel(
     N: tl.constexpr = (S // P) * (S // P)
     b = tl.program_id(0).to(tl.int64)
     k, l, c = tl.arange(0, K), tl.arange(0, L), tl.arange(0, C)
-    image = first_image(counter_ptr, batch_size) + b
+    image = tl.load(counter_ptr).to(tl.int64) * batch_size + b
     image_ptr = images_ptr + image * (I * (S + 2) * (S + 2))
     taps = l[:, None] * (9 * I) + k[None, :]
     w1 = load(weight1_ptr + taps, DTYPE, k[None, :] < 9 * I)  # (L, K)
@@ -64,12 +64,12 @@ def forward_kernel(
         a = tl.zeros((TILE, L), tl.float32) + b2[None, :]
         for pixel in range(P * P):
             seen = im2col(image_ptr, n, pixel, I, S, P, K)
-            h = gelu(dot(seen, tl.trans(w1)) + b1[None, :])  # (n, K) x (K, L) -> (n, L)
+            h, _ = gelu(dot(seen, tl.trans(w1)) + b1[None, :])  # (n, K) x (K, L) -> (n, L)
             w2 = load(weight2_ptr + (l[:, None] * L + l[None, :]) * (P * P) + pixel, DTYPE)
             a += dot(cast(h, DTYPE), tl.trans(w2))  # (n, L) x (L, L) -> (n, L)
         a = cast(a, DTYPE)
         tl.store(a_ptr + b * (N * L) + n[:, None] * L + l[None, :], a)
-        g = cast(gelu(a.to(tl.float32)), DTYPE)
+        g = cast(gelu(a.to(tl.float32))[0], DTYPE)
         proj = load(proj_ptr + c[:, None] * N + n[None, :], DTYPE)
         tokens += dot(proj, g)  # (C, n) x (n, L) -> (C, L)
     offsets = (l[None, :] + 1) * C + c[:, None]
@@ -81,11 +81,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["batch_size", "B"], do_not_specialize_on_alignment=["count"])
 def backward_kernel(
-    images_ptr, counter_ptr,  # as in the forward
-    weight1_ptr, bias1_ptr,  # (L, 9I), (L,)
-    weight2_ptr,  # (L, L, P, P)
-    proj_ptr,  # (C, N)
-    a_ptr,  # (B, N, L), working dtype
+    images_ptr, counter_ptr, weight1_ptr, bias1_ptr, weight2_ptr, proj_ptr, a_ptr,  # as above
     dx_ptr,  # (B, T, C), fp32
     conv1_ptr,  # (groups PP, 9IL + L), partial gradients of conv1's weight and bias
     rest_ptr,  # (groups, LLPP + L + CN + C), of conv2's weight and bias, proj's weight and bias
@@ -109,25 +105,25 @@ def backward_kernel(
     b = (group * count).to(tl.int64)
     stop = tl.minimum(b + count, B)
     while b < stop:
-        image = first_image(counter_ptr, batch_size) + b
+        image = tl.load(counter_ptr).to(tl.int64) * batch_size + b
         image_ptr, a_tile_ptr = images_ptr + image * (I * (S + 2) * (S + 2)), a_ptr + b * (N * L)
         tokens = (l[:, None] + 1) * C + c[None, :]  # without the CLS token
         dx = tl.load(dx_ptr + b * ((L + 1) * C) + tokens)  # (L, C)
         dbias += tl.sum(dx, 0)
         dx = cast(dx, DTYPE)
         a_own = tl.load(a_tile_ptr + own[:, None] * L + l[None, :]).to(tl.float32)
-        g = cast(gelu(a_own), DTYPE)
+        g = cast(gelu(a_own)[0], DTYPE)
         dproj += dot(tl.trans(dx), tl.trans(g))  # (C, L) x (L, n) -> (C, n)
         for first in range(0, N, TILE):
             n = first + tl.arange(0, TILE)
             a = tl.load(a_tile_ptr + n[:, None] * L + l[None, :]).to(tl.float32)
-            da = gelu_with_grad(a)[1]
+            da = gelu(a)[1]
             proj = load(proj_ptr + c[:, None] * N + n[None, :], DTYPE)
             da *= dot(tl.trans(proj), tl.trans(dx))  # (n, C) x (C, L) -> (n, L)
             dbias2 += tl.sum(da, 0)
             da = cast(da, DTYPE)
             seen = im2col(image_ptr, n, pixel, I, S, P, K)
-            h, dh = gelu_with_grad(dot(seen, tl.trans(w1)) + b1[None, :])  # (n, L)
+            h, dh = gelu(dot(seen, tl.trans(w1)) + b1[None, :])  # (n, L)
             dweight2 += dot(tl.trans(da), cast(h, DTYPE))  # (L, n) x (n, L) -> (L, L)
             dc = dot(da, w2) * dh  # (n, L) x (L, L) -> (n, L)
             dbias1 += tl.sum(dc, 0)
@@ -144,24 +140,24 @@ def backward_kernel(
     tl.store(rest_ptr + L + C * N + c, dbias, mask=pixel + c * 0 == 0)
 
 
-def constants(stem, target, kernel):
+def constants(stem, target):
     (C, N), (L, I), P = stem.proj.weight.shape, stem.conv1.weight.shape[:2], stem.conv2.stride[0]
     sizes = {"I": I, "S": P * round(N**0.5), "P": P, "K": padded(9 * I), "L": L, "C": C}
-    return sizes | target.options(kernel)
+    return sizes | target.options
 
 
-def forward(model, images, counter, a, x, batch_size, num_images, target):
-    """Write a and x (B, T, C), the embedding of images (N, I, S + 2, S + 2), padded with zeros."""
+def forward(state, num_images):
+    """Write state.a and state.x[0], the embedding of state.pixels, which a margin of zeros pads."""
+    model = state.model
     weights = *model.stem.parameters(), model.cls_token, model.pos_embedding
-    sizes = constants(model.stem, target, "stem forward")
-    launch(forward_kernel, num_images, images, counter, *weights, a, x, batch_size, **sizes)
+    args = state.pixels, state.counter, *weights, state.a, state.x[0], state.batch_size
+    launch(forward_kernel, num_images, *args, TILE=TILE, **constants(model.stem, state.target))
 
 
-def backward(model, images, counter, a, dx, partials, batch_size, num_images, target):
-    """Write partial gradients of conv1 and of the other parameters, given dx (B, T, C), fp32."""
-    weight1, bias1, weight2, _, proj, _ = model.stem.parameters()
-    args = images, counter, weight1, bias1, weight2, proj, a, dx, *partials, batch_size
-    sizes = constants(model.stem, target, "stem backward")
-    programs = sizes["P"] ** 2 * num_programs(num_images)
-    count = images_per_program(num_images)
-    launch(backward_kernel, programs, *args, num_images, count, **sizes)
+def backward(state, num_images):
+    """Write partial gradients of conv1 and of the other parameters, given state.dx[0]."""
+    weight1, bias1, weight2, _, proj, _ = state.model.stem.parameters()
+    args = state.pixels, state.counter, weight1, bias1, weight2, proj, state.a, state.dx[0]
+    args = *args, state.partials["conv1"], state.partials["stem"], state.batch_size, num_images
+    sizes, (groups, count) = constants(state.model.stem, state.target), split(num_images)
+    launch(backward_kernel, sizes["P"] ** 2 * groups, *args, count, TILE=BACKWARD_TILE, **sizes)

@@ -5,18 +5,15 @@ whole epoch ahead, as in PyTorch; lr and momentum come from a table on the devic
 counter on the device that the step itself advances. So a step is one CUDA graph, replayed.
 trainer.Trainer.torch_step is the reference.
 
-fp16: gradients of activations are those of the *sum* of losses, a static loss scale of the batch
-size, as the sum over partial gradients, in fp32, divides in any case; docs/kernels.md has the range
-of values. One that overflows makes gradients of parameters infinite, which the run reports.
+Gradients of activations are those of the *sum* of losses, a static loss scale for fp16, whose range
+of values docs/kernels.md has. The sum over partial gradients, in fp32, divides by the batch size.
 """
-
-from types import SimpleNamespace
 
 import torch
 
 from augment import augment
 from kernels import attention, head, mlp, muon, stem, update
-from kernels.functions import Target, num_programs
+from kernels.functions import Target, split
 from kernels.graph import GraphedFunction
 from schedule import COEFFICIENTS, build_optimizers
 
@@ -36,8 +33,8 @@ class FusedStep:
         self.finite_counts, self.dataset = trainer.finite_counts, trainer.dataset
         self.device = device = self.dataset.train_images.device
         self.target = target or Target.of(device, trainer.runtime.dtype)
-        self.param, self.averaging = flatten(self.model), trainer.averaged_model is not self.model
-        self.average = flatten(trainer.averaged_model) if self.averaging else self.param
+        self.param, has_average = flatten(self.model), trainer.averaged_model is not self.model
+        self.average = flatten(trainer.averaged_model) if has_average else self.param
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.param), torch.zeros_like(self.param)
         self.grad = torch.zeros(len(self.param) + 2, device=device)  # and sum of losses, correct
         self.counter, self.next_step = torch.zeros(1, dtype=torch.int32, device=device), None
@@ -49,45 +46,42 @@ class FusedStep:
 
     def launch(self, size):
         """Launch all kernels of a step on this rank's images of a batch of `size`."""
-        batch, model, partials, recipe = self.batches[size], self.model, self.partials, self.recipe
-        pixels, a, x, z, dx, dz = self.pixels, self.a, self.x, self.z, self.dx, self.dz
-        args = batch.num_images, self.target
+        num_images, tiles = self.batches[size]
+        partials, recipe, args = self.partials, self.recipe, (num_images, self.target)
+        x, z, dx, dz, blocks = self.x, self.z, self.dx, self.dz, list(enumerate(self.model.blocks))
 
-        stem.forward(model, pixels, self.counter, a, x[0], self.batch_size, *args)
-        for i, block in enumerate(model.blocks):
+        stem.forward(self, num_images)
+        for i, block in blocks:
             weights = list(block.attention.parameters()), block.attention.heads
             attention.forward(x[i], *weights, z[i], *args)
             mlp.forward(block.mlp, z[i], x[i + 1], *args)
-        loss_args = self.labels, self.counter, dx[-1], partials["head"], self.batch_size
-        head.forward_backward(model, x[-1], *loss_args, *args)
-        for i, block in reversed(list(enumerate(model.blocks))):
+        head.forward_backward(self, num_images)
+        for i, block in reversed(blocks):
             mlp.backward(block.mlp, z[i], dx[i + 1], dz[i], partials["mlp", i], *args)
             weights = list(block.attention.parameters()), block.attention.heads
             attention.backward(x[i], *weights, dz[i], dx[i], partials["attention", i], *args)
-        stem_grads = partials["conv1"], partials["stem"]
-        stem.backward(model, pixels, self.counter, a, dx[0], stem_grads, self.batch_size, *args)
-        update.reduce(self, batch.tiles, batch.scale, recipe.l1 * (self.dist.rank == 0))
+        stem.backward(self, num_images)
+        update.reduce(self, tiles, 1 / size, recipe.l1 * (self.dist.rank == 0))
         self.dist.all_reduce_sum(self.grad)
         if recipe.optimizer == "muon":
-            muon.step(self, self.matrices, recipe.weight_decay, self.target)
-        update.adamw(self, self.blocks, recipe.weight_decay, recipe.beta2, recipe.eps)
+            muon.step(self)
+        update.adamw(self)
 
     def begin_epoch(self, plan, lrs, momenta):
         """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
-        dataset, rows = self.dataset, plan.at(self.rows)
+        trainer, dataset, recipe, rows = self.trainer, self.dataset, self.recipe, plan.at(self.rows)
         self.labels.copy_(dataset.train_labels[rows.indices])
         for i in range(0, len(self.rows), AUGMENT_BATCH):
             part = rows.at(slice(i, i + AUGMENT_BATCH))
-            images = dataset.train_images[part.indices]
-            images = augment(images, part, self.recipe, self.trainer.normalize)
+            images = augment(dataset.train_images[part.indices], part, recipe, trainer.normalize)
             inside = self.pixels[i : i + AUGMENT_BATCH, :, 1:-1, 1:-1]
             inside.copy_(images.to(self.target.dtype))
-        recipe, n = self.recipe, torch.arange(len(lrs), dtype=torch.float64) + 1
-        n += self.trainer.epoch * self.trainer.steps_per_epoch
+        n = trainer.epoch * trainer.steps_per_epoch + 1 + torch.arange(len(lrs)).double()
         lr, momentum = torch.tensor([lrs, momenta], dtype=torch.float64)
-        window = (recipe.weight_avg_frac * n).clamp(min=1)  # steps of the average
+        window = (recipe.weight_avg_frac * n).clamp(min=1)  # steps of the average, if there is one
         corrections = 1 - momentum**n, 1 - recipe.beta2**n
-        columns = lr, momentum, lr * recipe.adamw_lr_scale, *corrections, 1 / window
+        weight = (self.average is not self.param) / window
+        columns = lr, momentum, lr * recipe.adamw_lr_scale, *corrections, weight
         self.hparams[: len(lrs)].copy_(torch.stack(columns, 1))
         self.next_step = None
 
@@ -110,20 +104,17 @@ class FusedStep:
 
     def allocate(self, full, N):
         """Buffers for batches of `full` of N images, and the last one, which may be smaller."""
-        config, storage = self.model.config, self.target.storage
+        config = self.model.config
         S, T, C = config["image_size"], config["channels"] + 1, config["dim"]
         tokens = [T] * (config["depth"] - 1) + [1]  # in the last block of the CLS token alone
-
-        def buffer(*shape, dtype=storage):
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
+        buffer = lambda *shape: torch.zeros(shape, dtype=self.target.storage, device=self.device)
         sizes = [min(full, N - first) for first in range(0, N, full)]
         shards = {size: self.dist.shard(size) for size in {*sizes}}
         rows = [torch.arange(*shards[size]) + i * full for i, size in enumerate(sizes)]
         self.rows = torch.cat(rows).to(self.device)  # of an epoch's plan, this rank's
         counts = {size: stop - start for size, (start, stop) in shards.items()}
         self.batch_size, B = counts[sizes[0]], max(counts.values())
-        self.labels = buffer(len(self.rows), dtype=torch.int64)
+        self.labels = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
         # The kernels read pixels in a margin of zeros.
         self.pixels = buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
         self.a = buffer(B, S * S // config["patch_size"] ** 2, T - 1)  # conv2, before its GELU
@@ -131,51 +122,59 @@ class FusedStep:
         self.x = [buffer(B, t, C) for t in (T, *tokens)]
         shapes = self.partial_shapes(B)
         numels = [rows * columns for rows, columns in shapes.values()]
-        pieces = buffer(sum(numels), dtype=torch.float32).split(numels)
+        pieces = torch.zeros(sum(numels), device=self.device).split(numels)
         self.partials = {k: piece.view(shapes[k]) for k, piece in zip(shapes, pieces)}
         # The gradient of the first block's input is fp32: it is a partial one of pos_embedding.
         self.dx = [self.partials["embedding"].view(B, T, C), *(buffer(B, t, C) for t in tokens)]
-        self.batches = {size: self.batch_tables(size, count) for size, count in counts.items()}
+        self.batches = {size: (count, self.reduce_tiles(count)) for size, count in counts.items()}
 
     def partial_shapes(self, B):
         """Rows and columns of the partial gradients of B images, in the order of parameters."""
-        model, programs = self.model, num_programs(B)
-
-        def numel(*modules):
-            return sum(p.numel() for module in modules for p in module.parameters())
-
+        model, (programs, _) = self.model, split(B)
+        numel = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
         shapes = {"embedding": (B, model.pos_embedding.numel())}
         shapes["conv1"] = programs * model.config["patch_size"] ** 2, numel(model.stem.conv1)
         shapes["stem"] = programs, numel(model.stem.conv2, model.stem.proj)
         for i, block in enumerate(model.blocks):
             shapes["attention", i] = programs, numel(block.attention)
-            num_tokens = B * self.z[i].shape[1]
-            shapes["mlp", i] = mlp.num_programs(num_tokens, self.target), numel(block.mlp)
+            shapes["mlp", i] = mlp.num_programs(B * self.z[i].shape[1]), numel(block.mlp)
         shapes["head"] = head.num_programs(B), numel(model.norm, model.head) + 2
         return shapes
 
-    def batch_tables(self, size, count):
-        """What a step depends on besides the buffers, for `count` images of a batch of `size`."""
-        C, position = self.model.pos_embedding.shape[2], self.partials["embedding"]
-        segments, offset = [(0, count, position.shape[1], C, 0)], C  # CLS token: row 0 of positions
-        for name, (rows, columns) in self.partial_shapes(count).items():
-            begin = self.partials[name].storage_offset()
-            segments.append((begin, rows, columns, columns, offset))
-            offset += columns
-        tiles = update.reduce_tiles(segments, self.device)
-        return SimpleNamespace(num_images=count, scale=1 / size, tiles=tiles)
+    def reduce_tiles(self, count):
+        """The table of update.reduce for `count` images."""
+        shapes, C = self.partial_shapes(count), self.model.config["dim"]
+        segments, end = [(0, *shapes["embedding"], C, 0)], C  # CLS token: row 0 of positions
+        for name, (rows, columns) in shapes.items():
+            segments.append((self.partials[name].storage_offset(), rows, columns, columns, end))
+            end += columns
+        tiles = [
+            [offset + c, rows, stride, min(update.COLUMNS, columns - c), target + c]
+            for offset, rows, stride, columns, target in segments
+            for c in range(0, columns, update.COLUMNS)
+        ]
+        return torch.tensor(tiles, device=self.device)
 
     def assign_optimizers(self):
         """Which parameters are Muon's, and the tables of both optimizers."""
         *muons, adamw = build_optimizers(self.recipe, self.model)
-        num_chunks = {
-            p: n for m in muons for p, n in zip(m.param_groups[0]["params"], m.num_chunks)
-        }
         decay = {p: bool(g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
-        params = list(self.model.parameters())
-        self.is_muon = [p in num_chunks for p in params]
-        self.matrices = muon.layout(params, num_chunks, self.device)
-        self.blocks = update.adamw_blocks(params, decay, self.device)
+        num_chunks = {}
+        for optimizer in muons:
+            num_chunks |= zip(optimizer.param_groups[0]["params"], optimizer.num_chunks)
+        self.is_muon = [p in num_chunks for p in self.model.parameters()]
+        matrices, blocks, N, size, end = [], [], len(self.param), update.BLOCK, 0
+        counts = [[N, N + 1, 0]]  # the loss
+        for p in self.model.parameters():
+            start, end = end, end + p.numel()
+            counts.append([start, end, 0])
+            if p in num_chunks:
+                rows, columns = len(p) // num_chunks[p], p.numel() // len(p)
+                matrices += [[i, rows, columns] for i in range(start, end, rows * columns)]
+            else:
+                blocks += [[i, min(i + size, end), decay[p]] for i in range(start, end, size)]
+        table = lambda rows: torch.tensor(rows, dtype=torch.int32, device=self.device)
+        self.matrices, self.blocks = table(matrices), table(counts + blocks)
 
 
 def flatten(model):

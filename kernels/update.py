@@ -4,16 +4,14 @@
     m += (1 - beta1) (g - m),  v = beta2 v + (1 - beta2) g^2,
     p = p (1 - lr decay) - lr m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps)
 
-lr and momentum come from a table on the device, its row from a counter on the device, which
-`reduce` advances. torch.optim.AdamW computes the same, but takes beta1, which OneCycle moves, as a
-number of the host. Loshchilov & Hutter 2017, arXiv:1711.05101.
+`reduce` advances the counter of steps. torch.optim.AdamW computes the same, but takes beta1, which
+OneCycle moves, as a number of the host. Loshchilov & Hutter 2017, arXiv:1711.05101.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import INTERPRETED, launch
+from kernels.functions import INTERPRETED, launch, update_average
 
 # Of a tile of partial gradients, and of AdamW. The interpreter's time is that of programs.
 COLUMNS, ROWS = (8192, 4) if INTERPRETED else (128, 32)
@@ -51,16 +49,16 @@ def reduce_kernel(
         tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 
 
-@triton.jit(do_not_specialize=["num_counts", "averaging"])
+@triton.jit(do_not_specialize=["num_counts"])
 def adamw_kernel(
     grad_ptr,  # (N + 2,)
     counter_ptr,  # (1,), int32, steps done in the epoch, this one included
-    hparams_ptr,  # (steps, 6): lr of Muon, momentum, lr, 1 - beta1^n, 1 - beta2^n, average weight
+    hparams_ptr,  # (steps, 6): lr of Muon, momentum, lr, 1 - beta1^n, 1 - beta2^n, average's weight
     blocks_ptr,  # (programs, 3), int32: first offset, end, whether it decays; counts come first
     param_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr,  # (N,), updated in place
     finite_counts_ptr,  # (num_counts,), int64: loss, and every parameter
     totals_ptr,  # (2,): sum of losses, correct
-    num_counts, averaging, weight_decay, beta2, eps,
+    num_counts, weight_decay, beta2, eps,
     BLOCK: tl.constexpr, COUNT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -96,20 +94,7 @@ def adamw_kernel(
         tl.store(param_ptr + i, p, mask=mask)
         tl.store(exp_avg_ptr + i, m, mask=mask)
         tl.store(exp_avg_sq_ptr + i, v, mask=mask)
-        mask &= averaging != 0
-        average = tl.load(average_ptr + i, mask=mask, other=0.0)
-        average += tl.load(hparams_ptr + 5) * (p - average)
-        tl.store(average_ptr + i, average, mask=mask)
-
-
-def reduce_tiles(segments, device):
-    """(programs, 5), int64, for `reduce`: segments, rows like those, in pieces of COLUMNS."""
-    tiles = [
-        [offset + c, rows, stride, min(COLUMNS, columns - c), target + c]
-        for offset, rows, stride, columns, target in segments
-        for c in range(0, columns, COLUMNS)
-    ]
-    return torch.tensor(tiles, dtype=torch.int64, device=device)
+        update_average(average_ptr + i, p, tl.load(hparams_ptr + 5), mask)
 
 
 def reduce(state, tiles, scale, l1):
@@ -119,24 +104,10 @@ def reduce(state, tiles, scale, l1):
     launch(reduce_kernel, len(tiles), *args, *numbers, COLUMNS=COLUMNS, ROWS=ROWS)
 
 
-def adamw_blocks(params, decay, device):
-    """(programs, 3), int32: a row for the loss and every parameter, which are counted, then blocks
-    of AdamW's parameters, those that `decay` maps to a bool.
-    """
-    counts, blocks, offset = [], [], 0
-    for p in params:
-        end = offset + p.numel()
-        counts.append([offset, end, 0])
-        starts = range(offset, end, BLOCK) if p in decay else ()
-        blocks += [[i, min(i + BLOCK, end), int(decay[p])] for i in starts]
-        offset = end
-    rows = [[offset, offset + 1, 0], *counts, *blocks]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-def adamw(state, blocks, weight_decay, beta2, eps):
+def adamw(state):
     """Update AdamW's parameters; count finite gradients; add loss and correct to the totals."""
-    args = state.grad, state.counter, state.hparams, blocks, state.param, state.exp_avg
-    args = *args, state.exp_avg_sq, state.average, state.finite_counts, state.totals
-    numbers = len(state.finite_counts), int(state.averaging), weight_decay, beta2, eps
-    launch(adamw_kernel, len(blocks), *args, *numbers, BLOCK=BLOCK, COUNT_BLOCK=COUNT_BLOCK)
+    recipe, counts, programs = state.recipe, state.finite_counts, len(state.blocks)
+    args = state.grad, state.counter, state.hparams, state.blocks, state.param, state.exp_avg
+    args = *args, state.exp_avg_sq, state.average, counts, state.totals, len(counts)
+    args = *args, recipe.weight_decay, recipe.beta2, recipe.eps
+    launch(adamw_kernel, programs, *args, BLOCK=BLOCK, COUNT_BLOCK=COUNT_BLOCK)

@@ -45,15 +45,14 @@ def self_test(step):
     error of 1e-4 (fp32) or 5e-2 of a result's norm tells a wrong kernel, or a TF32 product, from
     rounding; Muon, which makes much of small singular values, has 1e-2.
     """
-    trainer, is_fp32 = step.trainer, step.target.dtype == torch.float32
+    is_fp32, bounds = step.target.dtype == torch.float32, {"muon": 1e-2, "adamw": 1e-4}
     buffers = step.param, step.average, step.exp_avg, step.exp_avg_sq
-    buffers = *buffers, trainer.totals, trainer.finite_counts
+    buffers = *buffers, step.totals, step.finite_counts
     saved = [buffer.clone() for buffer in buffers]
     print("kernels  compiling and checking them, the first time for a minute", flush=True)
     try:
         for name, actual, exact in train_and_compare(step, [torch.float64]):
-            bound = 1e-4 if is_fp32 or name[:5] == "adamw" else 5e-2
-            bound = 1e-2 if name[:4] == "muon" else bound
+            bound = bounds.get(name.partition(",")[0], 1e-4 if is_fp32 else 5e-2)
             error = relative_error(actual, exact)
             if not error <= bound:
                 return f"{name}: off by {error:.1e} on this device, more than {bound:.0e}"
@@ -76,36 +75,33 @@ def train_and_compare(step, dtypes):
     step.step(0)
     rows = plan.at(slice(step.recipe.batch_size))
     images = augment(images[rows.indices], rows, step.recipe, trainer.normalize)
-    expected = [reference(before, images, labels[rows.indices], step, d) for d in dtypes]
+    sizes = [p.numel() for p in before.parameters()]
+    grads = [g.view_as(p) for g, p in zip(step.grad[:-2].split(sizes), before.parameters())]
+    batch = images, labels[rows.indices]
+    expected = [reference(before, *batch, step.recipe, grads, dtype) for dtype in dtypes]
     names = [name for name, _ in before.named_parameters()]
     updates = [f"{'muon' if is_muon else 'adamw'}, {n}" for is_muon, n in zip(step.is_muon, names)]
     names = ["the loss", *(f"the gradient of {name}" for name in names), *updates]
-    results = step.grad[-2], *split_grad(step, before), *changes(step.model, before)
+    results = step.grad[-2], *grads, *changes(step.model, before)
     return list(zip(names, results, *expected, strict=True))
 
 
-def reference(before, images, labels, step, dtype):
+def reference(before, images, labels, recipe, step_grads, dtype):
     """The results of `train_and_compare` as PyTorch computes them in a dtype."""
-    model, recipe = copy.deepcopy(before).to(dtype), step.recipe
+    model = copy.deepcopy(before).to(dtype)
     loss = F.cross_entropy(model(images.to(dtype)), labels, reduction="sum")
     params = list(model.parameters())
     grads = torch.autograd.grad(loss, params)
     grads = [g / len(images) + recipe.l1 * p.detach().sign() for g, p in zip(grads, params)]
     # The update is that of the step's own gradient, of which Muon makes much; fp32 or float64.
     model = copy.deepcopy(before).to(torch.promote_types(dtype, torch.float32))
-    for p, grad in zip(model.parameters(), split_grad(step, model)):
+    for p, grad in zip(model.parameters(), step_grads):
         p.grad = grad.to(p.dtype)
     optimizers = build_optimizers(recipe, model)
     set_lr_momentum(optimizers, LR, MOMENTUM, recipe.adamw_lr_scale)
     for optimizer in optimizers:
         optimizer.step()
     return loss.detach(), *grads, *changes(model, before)
-
-
-def split_grad(step, model):
-    """The step's gradient of every parameter."""
-    pieces = step.grad[:-2].split([p.numel() for p in model.parameters()])
-    return [piece.view_as(p) for piece, p in zip(pieces, model.parameters())]
 
 
 def changes(model, before):

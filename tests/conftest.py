@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import multiprocessing
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import cli
 import data
-from runtime import Runtime
+from runtime import Distributed, Runtime
 from schedule import RECIPES
 from trainer import Trainer, build_model, save_checkpoint
 
@@ -116,6 +117,27 @@ def make_model():
     """A fresh network in which embeddings are small enough not to hide the image."""
     recipe = dataclasses.replace(RECIPES["original"], embed_init_std=0.02)
     return build_model(recipe, 10, 1, "cpu").eval()
+
+
+class FakeRank(Distributed):
+    """A rank which records what it reduces, and adds what `others` have recorded."""
+
+    def __init__(self, rank, world_size, others=()):
+        super().__init__()
+        self.rank, self.world_size, self.others, self.recorded = rank, world_size, others, []
+
+    def all_reduce_sum(self, tensor):
+        self.recorded.append(tensor.clone())
+        for other in self.others:
+            tensor += other.recorded[-1]
+        return tensor
+
+
+def corrupted(content, number):
+    """`content` truncated, with a bit flipped, or with a piece cut or repeated, by `number`."""
+    start, to = random.Random(number).choices(range(len(content)), k=2)
+    flipped = bytes([content[start] ^ 1 << number % 8]) + content[start + 1 :]
+    return content[:start] + (b"", flipped, content[to:])[number % 3]
 
 
 def only_run(out):

@@ -179,15 +179,15 @@ def test_other_images_are_refused(finished, monkeypatch, invoke, fails):
         assert "was trained on other images than" in fails(train, ["--resume", finished])
         status, _, err = invoke(evaluate, ["--ckpt", finished / "best.pt"])
         assert (status, err) == (0, "warning: these are not the images of the training run\n")
+    two = dataclasses.replace(tiny, class_names=("even", "odd"))
+    monkeypatch.setattr(data, "load_shapes", lambda: two)
+    assert "the checkpoint has 10 classes" in fails(evaluate, ["--ckpt", finished / "best.pt"])
 
 
 def test_files_without_a_run_are_refused(finished, tmp_path, fails):
-    for path, message in (
-        (finished / "best.pt", "has weights only; the state of its run is in last.pt"),
-        (tmp_path / "nothing", "no last.pt there"),
-        (finished / "history.csv", "is not a checkpoint"),
-    ):
-        assert message in fails(train, ["--resume", path])
+    assert "has weights only; the state of" in fails(train, ["--resume", finished / "best.pt"])
+    assert "no last.pt there" in fails(train, ["--resume", tmp_path / "nothing"])
+    assert "is not a checkpoint" in fails(train, ["--resume", finished / "history.csv"])
 
 
 def test_an_invalid_configuration_or_state_is_one_line(finished, invoke):

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import PROCESSES, ROOT, make_trainer, only_run, write_images
+from conftest import PROCESSES, ROOT, FakeRank, make_trainer, only_run, write_images
 
 import data
 import runtime
@@ -62,18 +62,6 @@ def test_two_ranks_train_like_one_process_and_like_each_other(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert sha256(first) == sha256(second) and len(alone["losses"]) == 20
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-
-
-class FakeRank(Distributed):
-    """Rank `rank` of `world_size`, which records what it would reduce."""
-
-    def __init__(self, rank, world_size):
-        super().__init__()
-        self.rank, self.world_size, self.recorded = rank, world_size, []
-
-    def all_reduce_sum(self, tensor):
-        self.recorded.append(tensor.clone())
-        return tensor
 
 
 @pytest.mark.parametrize("count, world_size", [(10, 3), (2, 3), (8, 2)])

@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import pickletools
-import random
 import socket
 import struct
 import sys
@@ -15,7 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import Malicious, write_images
+from conftest import Malicious, corrupted, write_images
 from PIL import Image
 
 import sources
@@ -115,9 +114,7 @@ def test_no_corrupted_archive_is_accepted_or_replaced(tmp_path, monkeypatch, cap
     path = publish(monkeypatch, tmp_path / ARCHIVE, small_files())
     content = path.read_bytes()
     for number in range(200):
-        start, to = random.Random(number).choices(range(len(content)), k=2)
-        flipped = bytes([content[start] ^ 1 << number % 8]) + content[start + 1 :]
-        corrupt = content[:start] + (b"", flipped, content[to:])[number % 3]
+        corrupt = corrupted(content, number)
         path.write_bytes(corrupt)
         assert f"{ARCHIVE}: not the official archive" in load_error(tmp_path), number
         assert path.read_bytes() == corrupt
