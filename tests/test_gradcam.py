@@ -95,15 +95,15 @@ def test_nothing_is_left_behind(method):
         assert parameter.requires_grad == (i % 3 > 0) and (parameter.grad == i).all()
 
 
-@pytest.mark.parametrize("method", gradcam.MASK_METHODS)
-def test_masked_gradients_of_a_linear_network(method):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+@pytest.mark.parametrize("method, power", [*zip(gradcam.MASK_METHODS, (2, 1, 1))])
+def test_masked_gradients_are_what_pixels_add(method, power):
     images, targets, others = noise(4), torch.tensor([3, 2, 1, 0]), torch.tensor([0, 1, 2, 3])
+    weights = noise(4) / 100  # a straight path is exact for squares too
+    model = lambda images: images.pow(power).flatten(1) @ weights.flatten(1).T
     maps = explain(model, "image", method, images, targets, others, normalize=False)
-    weights = model[1].weight.detach().view(4, 3, 32, 32)
-    weights = weights[targets] - (method == "contrast") * weights[others]
-    change = images - faithfulness.blur(images, 4) / 2  # half of the replacements are the mean
-    expected = faithfulness.blur((weights * change).sum(1).relu(), 1)  # the Shapley values
+    factors = weights[targets] - (method == "contrast") * weights[others]
+    added = images**power - faithfulness.blur(images, 4) ** power / 2  # the mean replaces half
+    expected = faithfulness.blur((factors * added).sum(1).relu(), 1)  # the Shapley values
     assert torch.allclose(maps, expected, atol=1e-5)
 
 
@@ -239,7 +239,7 @@ def draw(ckpt, succeeds, monkeypatch):
 
 @pytest.mark.parametrize("flags", ["--n 9", "--correct", "--class star", "--target ring"])
 def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
-    flags += " --method hirescam"
+    flags += " --method finercam"
     (images, titles, maps, captions, names, _), out = draw(f"{flags} --precision bf16")
     model, normalize = make_model(), Normalize(small.mean, small.std, "cpu")
     logits = model(normalize(images)).detach()
@@ -249,11 +249,12 @@ def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
         actual, target = small.test_labels[index].item(), SHAPE_NAMES.index("ring")
         choices = {"predicted": predicted, "second": second, "actual": actual, "target": target}
         assert title == SHAPE_NAMES[actual] and (predicted == actual) == ("--correct" in flags)
-        raw = []
-        for caption, name in zip(captions[i], names, strict=True):
-            k = torch.tensor([choices[name]])
+        raw, classes = [], torch.tensor([[choices[name]] for name in names])
+        others = classes.flip(0) if len(names) == 2 else [None]  # each is contrasted with the other
+        for caption, k, other in zip(captions[i], classes, others, strict=True):
             assert caption == f"{100 * logits[i].softmax(0)[k].item():.0f} % {SHAPE_NAMES[k]}"
-            raw += explain(model, LAYER, "hirescam", normalize(images[[i]]), k, normalize=False)
+            image = normalize(images[[i]])
+            raw += explain(model, LAYER, "finercam", image, k, other, normalize=False)
         assert torch.allclose(maps[i], torch.stack(raw) / torch.stack(raw).max(), atol=1e-4)
     assert len(titles) in (3, 9) and len(names) == (1 if "--target" in flags else 2)
     # Classes take turns; fresh weights predict one class only.
@@ -279,7 +280,6 @@ def test_image_files(tmp_path, draw):
 
 def test_metrics(ckpt, tmp_path, succeeds, monkeypatch):
     monkeypatch.setattr(faithfulness, "STEPS", 4)
-    monkeypatch.setattr(gradcam, "SANITY_IMAGES", 2)
     monkeypatch.setattr(gradcam, "BATCH_SIZE", 5)
     args = ["--ckpt", ckpt, "--metrics", 8, "--out", tmp_path, "--seed", 3]
     out = succeeds(gradcam, args)
