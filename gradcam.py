@@ -185,7 +185,7 @@ def parse_args():
     add_device_arguments(parser)
     add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
     args = parser.parse_args()
-    if args.layer and args.method in MASK_METHODS:
+    if args.layer not in (None, IMAGE) and args.method in MASK_METHODS:
         parser.error(f"--layer: {args.method} is computed at the image")
     of_tests = args.correct or args.class_name
     shown = args.image or of_tests or args.target or args.save_maps
