@@ -9,9 +9,7 @@ or at the stem. Maps and the probabilities beside them are in float32; --kernels
 for the many predictions of --metrics.
 """
 
-import itertools
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from cli import (
@@ -36,142 +34,118 @@ IMAGE = "image"  # the layer name of what the network is given
 LAYER = "stem.gelu2"  # the last with rows and columns
 METHOD = "combined"  # beats a blob in the center in every measure; docs/gradcam.md
 NUM_MASKS = 32  # for each replacement; 16 cost 0.04 of the pointing game on `shapes`, n = 200
-BATCH_SIZE = 250
+BATCH_SIZE = 125  # of --metrics, as fast as 250
 SANITY_IMAGES = 25  # of --metrics, for randomization: it takes six maps of each by each method
+MASK_METHODS = ("integrated-gradients", "masked-gradients", "contrast")
+METHODS = ("gradcam", "hirescam", "finercam", "layercam", "gradcam++", *MASK_METHODS, "combined")
 
 
-def gradcam_plus_plus(activations, gradients):
-    """Equation 19 of Chattopadhay et al. 2018, arXiv:1710.11063, for exp(logit).
+def layer_maps(activations, gradients, others):
+    """{method: maps (B, 1, h, w)} of activations and gradients (B, C, h, w) of two classes.
 
-    Its g^2 / (2 g^2 + sum(A) g^3) times g > 0 is g / (2 + sum(A) g); A < 0 count as 0 in the sum.
+    gradcam: Selvaraju et al. 2017, arXiv:1610.02391. hirescam: Draelos & Carin 2020,
+    arXiv:2011.08891. finercam: Zhang et al. 2025, arXiv:2501.11309. layercam: Jiang et al. 2021.
+    gradcam++: equation 19 of Chattopadhay et al. 2018, arXiv:1710.11063, for exp(logit), where
+    g^2 / (2 g^2 + sum(A) g^3) times g > 0 is g / (2 + sum(A) g); A < 0 count as 0 in the sum.
     """
     positive, total = gradients.relu(), activations.relu().sum((2, 3), keepdim=True)
-    weights = (positive / (2 + total * positive)).sum((2, 3), keepdim=True)
-    return (weights * activations).sum(1)
-
-
-def path_masks(method, S):
-    """Masks (1, 1, S, S) of how much of the image is seen while the rest is replaced.
-
-    Integrated gradients take a straight path, Sundararajan et al. 2017, arXiv:1703.01365. The other
-    masks are smooth and random, as in RISE, Petsiuk et al. 2018, arXiv:1806.07421. Mean gradients
-    at them estimate Shapley values, Okhrati & Lipani 2020, arXiv:2010.12082.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for i in range(NUM_MASKS):
-        share, cells = (i + 0.5) / NUM_MASKS, (4, 8)[i % 2]
-        mask = (torch.rand(1, 1, cells, cells, generator=generator) < share).float()
-        mask = torch.full_like(mask, share) if method == "integrated-gradients" else mask
-        yield F.interpolate(mask, (S, S), mode="bilinear")
-
-
-# Gradients averaged over a channel: Selvaraju et al. 2017, arXiv:1610.02391; at each position:
-# Draelos & Carin 2020, arXiv:2011.08891; where they are positive: Jiang et al. 2021, LayerCAM.
-LAYER_METHODS = {
-    "gradcam": lambda a, g: (a * g.mean((2, 3), keepdim=True)).sum(1),
-    "hirescam": lambda a, g: (a * g).sum(1),
-    "finercam": lambda a, g: (a * g).sum(1),
-    "layercam": lambda a, g: (a * g.relu()).sum(1),
-    "gradcam++": gradcam_plus_plus,
-}
-MASK_METHODS = ("integrated-gradients", "masked-gradients", "contrast")
-# Of the logit of a class minus that of another one. Finer-CAM, Zhang et al. 2025, arXiv:2501.11309.
-CONTRASTS = ("finercam", "contrast")
-METHODS = (*LAYER_METHODS, *MASK_METHODS, "combined")
+    weights = {
+        "gradcam": gradients.mean((2, 3), keepdim=True),
+        "hirescam": gradients,
+        "finercam": gradients - others,
+        "layercam": positive,
+        "gradcam++": (positive / (2 + total * positive)).sum((2, 3), keepdim=True),
+    }
+    return {k: (weight * activations).sum(1, keepdim=True) for k, weight in weights.items()}
 
 
 class GradCAM:
-    """Saliency maps of a model's classes from one layer.
+    """Saliency maps of a model's classes.
 
         with GradCAM(model.eval(), "layer4", method="hirescam") as cam:
             maps = cam(images, targets)
 
-    `layer` is "image" or the name of a module that outputs (B, C, h, w), by default as fits the
-    method and this project's network; ValueError for one without a grid. The hooks of the block
-    are removed however it ends; parameters, their gradients and requires_grad stay as they are.
-    Method combined is masked-gradients at the image, weighted by gradcam++ at the layer.
+    `layer` is "image" or the name of a module that outputs (B, C, h, w); ValueError for one without
+    a grid. MASK_METHODS are computed at the image whatever it is; combined is masked-gradients
+    there, times 0.5 to 1.5 by gradcam++ at the layer. Several methods share gradients; their maps
+    are a dict. The hook is removed however the block ends; the model stays as it is.
     """
 
     def __init__(self, model, layer=None, method=METHOD):
-        self.model, self.method, self.handles = model, method, []
-        self.layer = layer or (IMAGE if method in MASK_METHODS else LAYER)
+        self.model, self.method, self.handle = model, method, None
+        self.methods = (method,) if isinstance(method, str) else method
+        self.layer = IMAGE if method in MASK_METHODS else layer or LAYER
 
     def __enter__(self):
-        if self.method == "combined":
-            return self  # its two maps have their own hooks
-        if self.layer == IMAGE:
-            hook = lambda module, args: (self.save_activation(args[0]), *args[1:])
-            self.handles = [self.model.register_forward_pre_hook(hook)]
-        else:
-            hook = lambda module, args, output: self.save_activation(output)
-            self.handles = [self.model.get_submodule(self.layer).register_forward_hook(hook)]
+        if self.layer != IMAGE:
+            module = self.model.get_submodule(self.layer)
+            self.handle = module.register_forward_hook(self.save_activations)
         return self
 
     def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
+        if self.handle is not None:
+            self.handle.remove()
 
-    def save_activation(self, activations):
-        """Replace activations by a leaf, where gradients stop."""
-        if not is_spatial(activations.shape[1:]):
-            raise ValueError(f"layer {self.layer!r} outputs {tuple(activations.shape)}: no grid")
-        self.activations = activations.detach().requires_grad_()
-        return self.activations.clone()  # the next layer may work in place
+    def save_activations(self, module, args, output):
+        if not is_spatial(output.shape[1:]):
+            raise ValueError(f"layer {self.layer!r} outputs {tuple(output.shape)}: no grid")
+        self.activations = output
+        return output.clone()  # the next layer may work in place
 
-    def gradients(self, logits, targets, others):
-        """Of the logits of `targets` to the activations; images do not mix in that of the sum."""
-        scores = logits.gather(1, targets[:, None])
-        if self.method in CONTRASTS:
-            scores = scores - logits.gather(1, others[:, None])
-        return torch.autograd.grad(scores.sum(), self.activations)[0]
+    def gradients(self, images, classes, at_layer=False):
+        """Of the logit of each of `classes`, int64 (B,), to images or layer: (classes, B, ...)."""
+        self.activations = images = images.detach().requires_grad_()  # without a hook, the image
+        logits = self.model(images.clone())
+        inputs = self.activations if at_layer else images
+        sums = [logits.gather(1, k[:, None]).sum() for k in classes]  # images do not mix in it
+        return torch.stack([torch.autograd.grad(s, inputs, retain_graph=True)[0] for s in sums])
 
-    def integrate(self, images, targets, others):
-        """What the image changes at the layer, times mean gradients of masked images: (B, h, w).
+    def integrate(self, images, classes, straight=False):
+        """What the image adds, times mean gradients of masked images: (classes, B, S, S).
 
-        The blurred image replaces what is masked, then the mean: each alone hides some evidence.
+        Integrated gradients take a straight path, Sundararajan et al. 2017, arXiv:1703.01365. Other
+        masks are smooth and random, as in RISE, Petsiuk et al. 2018, arXiv:1806.07421; their mean
+        gradients estimate Shapley values, Okhrati & Lipani 2020, arXiv:2010.12082. The blurred
+        image replaces what is masked, then the mean: each alone hides some evidence.
         """
-        activations, total = self.activations.detach(), 0
-        for replacement in (blur(images, images.shape[-1] / 8), torch.zeros_like(images)):
-            self.model(replacement)
-            change = activations - self.activations.detach()
-            for mask in path_masks(self.method, images.shape[-1]):
-                logits = self.model(torch.lerp(replacement, images, mask.to(images)))
-                total = total + (change * self.gradients(logits, targets, others)).sum(1)
-        return blur(total.relu(), 1.0) / (2 * NUM_MASKS)  # unsmoothed maps are worse to insert
-
-    def combine(self, images, targets):
-        """Masked gradients times 0.5 to 1.5, by the map of the layer, as in Guided Grad-CAM.
-
-        Times 0 to 1, photographs lose 0.03 of insertion; not multiplied, `shapes` lose 0.09 of the
-        pointing game: n = 120.
-        """
-        maps = []
-        for layer, method in ((IMAGE, "masked-gradients"), (self.layer, "gradcam++")):
-            with GradCAM(self.model, layer, method) as cam:
-                maps.append(cam(images, targets, normalize=False))
-        return maps[0] * (0.5 + normalize_map(maps[1]))
+        S, total, generator = images.shape[-1], 0, torch.Generator().manual_seed(0)
+        replacements = blur(images, S / 8), torch.zeros_like(images)
+        for i in range(NUM_MASKS):
+            share, cells = (i + 0.5) / NUM_MASKS, (4, 8)[i % 2]
+            mask = (torch.rand(1, 1, cells, cells, generator=generator) < share).to(images)
+            mask = share if straight else F.interpolate(mask, (S, S), mode="bilinear")
+            for replacement in replacements:
+                gradients = self.gradients(torch.lerp(replacement, images, mask), classes)
+                total = total + (gradients * (images - replacement)).sum(2)
+        return total / (2 * NUM_MASKS)
 
     @torch.enable_grad()
     def __call__(self, images, targets=None, others=None, normalize=True):
         """Maps (B, S, S) of normalized images (B, C, S, S) for classes `targets`, int64 (B,).
 
-        `targets` default to the predicted classes, `others`, to contrast with, to the most likely
-        of the rest. Maps are in [0, 1]; with normalize=False they are at least 0.
+        `targets` default to the predicted classes, `others`, which finercam and contrast subtract,
+        to the most likely of the rest. Maps are in [0, 1]; at least 0 with normalize=False.
         """
-        if self.method == "combined":
-            maps = self.combine(images, targets)
-            return normalize_map(maps) if normalize else maps
-        logits = self.model(images)
+        logits = self.model(images).detach()
         targets = logits.argmax(1) if targets is None else targets
-        if others is None:
-            others = logits.detach().scatter(1, targets[:, None], -torch.inf).argmax(1)
-        if self.method in MASK_METHODS:
-            maps = self.integrate(images, targets, others)
-        else:
-            gradients = self.gradients(logits, targets, others)
-            maps = LAYER_METHODS[self.method](self.activations.detach(), gradients)
-        maps = F.interpolate(maps.relu()[:, None], images.shape[2:], mode="bilinear")[:, 0]
-        return normalize_map(maps) if normalize else maps
+        second = logits.scatter(1, targets[:, None], -torch.inf).argmax(1)
+        classes, methods = [targets, second if others is None else others], self.methods
+        gradients = self.gradients(images, classes, at_layer=True)
+        maps = layer_maps(self.activations.detach(), *gradients)
+        for method, values in maps.items():
+            maps[method] = F.interpolate(values.relu(), images.shape[2:], mode="bilinear")[:, 0]
+        smooth = lambda values: blur(values.relu(), 1.0)  # unsmoothed maps are worse to insert
+        if "integrated-gradients" in methods:
+            maps["integrated-gradients"] = smooth(self.integrate(images, classes[:1], True)[0])
+        if not {"masked-gradients", "contrast", "combined"}.isdisjoint(methods):
+            values = self.integrate(images, classes[: 1 + ("contrast" in methods)])
+            maps["masked-gradients"] = smooth(values[0])
+            maps["contrast"] = smooth(values[0] - values[-1])
+            # As in Guided Grad-CAM. Times 0 to 1, photographs lose 0.03 of insertion; not
+            # multiplied, `shapes` lose 0.09 of the pointing game: n = 120.
+            maps["combined"] = maps["masked-gradients"] * (0.5 + normalize_map(maps["gradcam++"]))
+        maps = {k: normalize_map(maps[k]) if normalize else maps[k] for k in methods}
+        return maps if self.method == methods else maps[self.method]
 
 
 def is_spatial(shape):
@@ -180,47 +154,15 @@ def is_spatial(shape):
 
 
 @torch.no_grad()
-def layer_shapes(model, images):
-    """{dotted name: output shape, batch left out} of every module that `images` pass through."""
-    shapes = {}
+def layer_shapes(model, device):
+    """{dotted name: output shape, batch left out} of every module, and of the image."""
+    shapes = {IMAGE: (3, IMAGE_SIZE, IMAGE_SIZE)}
     with ExitStack() as stack:
         for name, module in list(model.named_modules())[1:]:
             hook = lambda _, args, output, name=name: shapes.update({name: tuple(output.shape[1:])})
             stack.enter_context(module.register_forward_hook(hook))
-        model(images)
+        model(torch.zeros(1, *shapes[IMAGE], device=device))
     return shapes
-
-
-@torch.no_grad()
-def evaluate_maps(model, runtime, layer, images, masks, generator):
-    """{map: {measure: (N,)}} of baselines and methods, at `layer` or theirs, of predicted classes.
-
-    images are normalized (N, 3, S, S), masks bool (N, S, S) or None.
-    """
-    predict = lambda x: torch.cat([runtime.logits(model, part) for part in x.split(BATCH_SIZE)])
-    targets = predict(images).argmax(1)
-    maps = faithfulness.baselines(images, generator)
-    bar = ProgressBar("measuring", (len(maps) + len(METHODS)) * faithfulness.NUM_SCORES)
-    done = itertools.count(1)
-
-    def score(perturbed):
-        bar.update(next(done))
-        return predict(perturbed).softmax(1).gather(1, targets[:, None])[:, 0]
-
-    def explain(method, model, images):
-        with GradCAM(model, layer, method) as cam:
-            pairs = zip(images.split(BATCH_SIZE), targets.split(BATCH_SIZE))
-            return torch.cat([cam(x, y[: len(x)]) for x, y in pairs])
-
-    results = {}
-    for name in (*maps, *METHODS):
-        saliency = maps[name] if name in maps else explain(name, model, images)
-        results[name] = faithfulness.evaluate(saliency, images, masks, score, generator)
-        if name in METHODS:
-            args = partial(explain, name), model, images[:SANITY_IMAGES], generator
-            results[name] |= faithfulness.randomization(*args)
-    bar.clear()
-    return results
 
 
 def parse_args():
@@ -228,7 +170,7 @@ def parse_args():
     add = parser.add_argument
     add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
     add("--method", default=METHOD, choices=METHODS, help="the contrasts are finercam and contrast")
-    add("--layer", metavar="NAME", help=f"to explain (default: {IMAGE} or {LAYER}, by method)")
+    add("--layer", metavar="NAME", help=f"whose gradients are taken (default: {LAYER})")
     add("--list-layers", action="store_true", help="print layers and whether they have a grid")
     add("--n", type=positive_int, default=10, help="test images to show, of each class in turn")
     add("--correct", action="store_true", help="show correctly classified test images")
@@ -243,6 +185,8 @@ def parse_args():
     add_device_arguments(parser)
     add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
     args = parser.parse_args()
+    if args.layer not in (None, IMAGE) and args.method in MASK_METHODS:
+        parser.error(f"--layer: {args.method} is computed at the image")
     of_tests = args.correct or args.class_name
     shown = args.image or of_tests or args.target or args.save_maps
     if (args.image and of_tests) or (args.metrics and shown):
@@ -255,8 +199,7 @@ def main():
     choices = (args.precision, args.kernels) if args.metrics else ("fp32", "torch")  # as the maps
     runtime = Runtime(args.device, *choices)
     model, ckpt = load_checkpoint(args.ckpt, runtime.device)
-    size = (3, IMAGE_SIZE, IMAGE_SIZE)
-    shapes = {IMAGE: size} | layer_shapes(model, torch.zeros(1, *size, device=runtime.device))
+    shapes = layer_shapes(model, runtime.device)
     layers = [name for name, shape in shapes.items() if is_spatial(shape)]
     if args.list_layers:
         for name, shape in shapes.items():
@@ -273,19 +216,37 @@ def main():
     run(args, ckpt, model, runtime, normalize)
 
 
+@torch.no_grad()
 def run_metrics(args, ckpt, model, runtime, normalize):
-    """Measure all methods: gradcam_metrics.csv, and a table on stdout."""
+    """Measure all methods, for the predicted classes: gradcam_metrics.csv, a table on stdout."""
     dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
     N, total, name = args.metrics, len(dataset.test_images), printable(dataset.name)
     if not 2 <= N <= total:
         raise UsageError(f"--metrics {N}: it takes 2 to {total:,} test images of {name}")
     path = writable_dir(args.out or args.ckpt.parent) / "gradcam_metrics.csv"
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, results = torch.Generator().manual_seed(args.seed), []
     indices = torch.randperm(total, generator=generator)[:N].to(runtime.device)
-    images = normalize(dataset.test_images[indices])
-    masks = None if dataset.test_masks is None else dataset.test_masks[indices]
     print(f"{N:,} test images of {name}", flush=True)
-    results = evaluate_maps(model, runtime, args.layer, images, masks, generator)
+
+    def explain(model, images):
+        with GradCAM(model, args.layer, METHODS) as cam:
+            return cam(images, targets[: len(images)])
+
+    score = lambda x: runtime.logits(model, x).softmax(1).gather(1, targets[:, None])[:, 0]
+    bar = ProgressBar("measuring", N)
+    for batch in indices.split(BATCH_SIZE):
+        images = normalize(dataset.test_images[batch])
+        masks = None if dataset.test_masks is None else dataset.test_masks[batch]
+        targets, measures = runtime.logits(model, images).argmax(1), {}
+        maps = faithfulness.baselines(images, generator) | explain(model, images)
+        for i, (k, saliency) in enumerate(maps.items(), 1):
+            measures[k] = faithfulness.evaluate(saliency, images, masks, score, generator)
+            bar.update(len(results) * BATCH_SIZE + len(batch) * i // len(maps))
+        if not results:
+            found = faithfulness.randomization(explain, model, images[:SANITY_IMAGES], generator)
+            measures = {k: measures[k] | found.get(k, {}) for k in measures}
+        results.append(measures)
+    bar.clear()
     rows = faithfulness.summarize(results, dataset=name, n=N, layer=args.layer or "default")
     write_csv(path, rows)
     print(f"\n{faithfulness.table(rows)}\n\nmean +- standard error\nsaved {path}")
@@ -304,8 +265,8 @@ def select_test_images(args, ckpt, model, runtime, normalize):
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
     indices = order[class_balanced_indices(labels[order], mask[order], args.n)]
-    title, images = f"{dataset.name}, {kind}", dataset.test_images[indices]
-    return title, images, labels[indices], logits[indices]
+    images = dataset.test_images[indices]
+    return f"{dataset.name}, {kind}", images, labels[indices], logits[indices]
 
 
 def run_overlays(args, ckpt, model, runtime, normalize):
@@ -327,9 +288,9 @@ def run_overlays(args, ckpt, model, runtime, normalize):
         targets, target_names = torch.full_like(targets[:, :1], target), ["target"]
     path = writable_dir(args.out or args.ckpt.parent) / "gradcam.png"
     inputs = normalize(images)
-    others = targets.flip(1).unbind(1) if len(target_names) == 2 else itertools.repeat(None)
+    others = targets.flip(1).T if len(target_names) == 2 else [None] * len(target_names)
     with GradCAM(model, args.layer, args.method) as cam:
-        maps = [cam(inputs, *pair, normalize=False) for pair in zip(targets.unbind(1), others)]
+        maps = [cam(inputs, *pair, normalize=False) for pair in zip(targets.T, others)]
     maps = torch.stack(maps, dim=1)  # (n, M, S, S)
     scaled = maps / maps.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # comparable in an image
     captions, percents = [], (100 * logits.softmax(1).gather(1, targets)).tolist()
