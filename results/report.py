@@ -14,11 +14,13 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))  # its modules lie above this script
 
+import numpy as np  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 import plots  # noqa: E402
 from cli import Parser, RunError, atomic_write, markdown_table, read_csv, run_script  # noqa: E402
 from faithfulness import LOW_IS_GOOD  # noqa: E402
+from lr_range import recommend  # noqa: E402
 
 READING_LIST = ("vit.py", "augment.py", "schedule.py", "trainer.py")
 
@@ -133,6 +135,28 @@ def lr_study():
     return table([{k: row[k] for k in keys} for row in rows])
 
 
+def lr_regret():
+    """Accuracy at the recommended lr, of a grid, linear in log lr, against the best of the grid."""
+    rows, runs = [], read_csv(RESULTS / "lr_grid.csv")
+    for data, name in dict.fromkeys((run["data"], run["name"]) for run in runs):
+        group = [run for run in runs if (run["data"], run["name"]) == (data, name)]
+        grid = {}
+        for lr, value in sorted(zip(column(group, "max_lr"), column(group, "val_accuracy"))):
+            grid.setdefault(lr, []).append(value)
+        means = {lr: statistics.mean(values) for lr, values in grid.items()}
+        short = read_csv(RESULTS / data / f"lr_runs-{name}.csv")
+        short = [{k: float(v) for k, v in row.items()} for row in short]
+        lr = recommend(short, int(group[0]["epochs"]))[0].lr
+        there = np.interp(np.log(lr), np.log([*means]), [*means.values()])
+        best = max(means, key=means.get)
+        row = {"data": data, "recipe": f"`{name}`"}
+        row["accuracy at each lr"] = ", ".join(f"{lr:.3g}: {mean_std(v)}" for lr, v in grid.items())
+        row["best"] = f"{means[best]:.2f} at {best:.3g}"
+        row["recommended"] = f"{there:.2f} at {lr:.3g}"
+        rows.append({**row, "regret": f"{means[best] - there:.2f}"})
+    return table(rows)
+
+
 def saliency():
     """Measures of every saliency map, mean ± std over networks; the best of each is bold."""
     tables = []
@@ -189,7 +213,7 @@ def traffic():
     return table(rows)
 
 
-FUNCTIONS = headline, reading, accuracy, log, ablation, lr_study, saliency, speed
+FUNCTIONS = headline, reading, accuracy, log, ablation, lr_study, lr_regret, saliency, speed
 FUNCTIONS = *FUNCTIONS, resources, traffic
 TABLES = {function.__name__: function for function in FUNCTIONS}
 

@@ -50,8 +50,7 @@ def test_grids():
 
 
 def test_one_model_is_trained_at_each_lr_in_turn(small):
-    """300 images in batches of 128 are three steps an epoch: an lr of two steps spans epochs."""
-    lrs = [1e-3, 2e-3, 3e-3]
+    lrs = [1e-3, 2e-3, 3e-3]  # of two steps each, while an epoch has three
     history, stop_reason = range_test(make_trainer(small, small_recipe()), lrs, 2)
     assert [row["lr"] for row in history] == lrs and stop_reason is None
 
@@ -85,11 +84,9 @@ def test_divergence_ends_it_and_keeps_the_history(small, lrs, reason):
 BOWL, LOGISTIC, NOTHING = [*map(bowl, GRID)], [*map(logistic, EXP_GRID)], ["the loss falls by"] * 3
 # Losses, lrs, and each suggestion with its tolerance, or why there is none. Smoothing lags by 0.05.
 CURVES = {
-    "bowl": (BOWL, GRID, (0.175, 0.04), (0.035, 0.005), (0.3, 0.005)),
-    "noise": (noisy(BOWL, 0.02), GRID, (0.17, 0.1), (0.035, 0.015), (0.3, 0.1)),
+    "bowl": (noisy(BOWL, 0.02), GRID, (0.17, 0.1), (0.035, 0.015), (0.3, 0.1)),
     "log": (LOGISTIC, EXP_GRID, (0.015, 0.008), (0.02, 0.01), (0.1, 0.11)),
     "falls": ([2.3 - x for x in GRID], GRID, (0.5, 0.5), "the loss still", (1, 0.01)),
-    "constant": ([2.3] * 200, GRID, *NOTHING),
     "only noise": (noisy([2.3] * 200, 0.05), GRID, *NOTHING),
     "rises": ([2.3 + 5 * x for x in GRID], GRID, *NOTHING),
     "none": ([], GRID, *["0 lrs are too few"] * 3),
@@ -107,8 +104,6 @@ def test_suggestions(curve):
         else:
             assert lr == pytest.approx(answer[0], abs=answer[1])
 
-
-# --- short runs ---
 
 LRS, BEST = [2.0**k for k in range(-9, -2)], 2**-6.3
 PARABOLA = [1 + 0.05 * math.log2(lr / BEST) ** 2 for lr in LRS]
@@ -166,7 +161,7 @@ def test_the_best_lr_follows_the_length_within_bounds(edge):
         assert three * 8**bound <= found.lr * 1.001 and found.lr <= three * 8 ** (bound / 2) * 1.001
         assert found.low < found.lr < found.high and num_runs in (11, 13)
     for best in (100 * edge, edge / 10_000):  # beyond the end of the lrs, which are widened once
-        found, num_runs = search(edge, lambda epochs, best=best: best)
+        found, num_runs = search(edge, lambda _, best=best: best)
         assert num_runs == 7 + 2 + 4 + 2 and (found.low == 0 or found.high == math.inf)
 
 
@@ -189,9 +184,6 @@ def test_half_the_least_lr_that_diverged_is_recommended_at_most():
         assert recommend(part, 24)[0].lr == 0.5
     rows[2]["val_loss"] = math.inf
     assert recommend(rows, 24)[0].lr == 0.25
-
-
-# --- the script ---
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from cli import RunError, atomic_write, read_csv, remove_stale_temp_files
 from schedule import OneCycle
 from trainer import load_checkpoint
 
-# --- whole runs ---
-
 
 def test_from_the_command_line_to_an_evaluated_checkpoint(small_shapes, tmp_path, succeeds):
     """What is evaluated and kept is the averaged model; evaluate.py prints the same figures."""
@@ -76,9 +74,6 @@ def test_runs_have_folders_of_their_own_and_a_summary(
     kept = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
     succeeds(train, [*args, "--seed", 3])  # again: another folder
     assert all(path.read_bytes() == content for path, content in kept.items())
-
-
-# --- failures ---
 
 
 def test_a_run_that_is_not_finite_keeps_its_last_good_state(
