@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python results/kernel_traffic.py
 
 Writes kernel_traffic.csv: what the programs ask for in bf16, whatever a cache then saves. Programs
-of the network's kernels are alike, so one of each is run.
+of most of the network's kernels are alike, so one of each is run.
 """
 
 import collections
@@ -62,7 +62,7 @@ def rows(recipe):
     half[:] = [range(t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in activations]
     for kernel, programs, args, constants in record_launches(step, B):
         name = kernel_name(kernel)
-        alike = not name.startswith(("update", "muon"))
+        alike = not name.startswith(("update", "muon", "mlp backward"))
         counts.clear()
         launch(kernel, 1 if alike else programs, *args, **constants)
         times = programs if alike else 1
