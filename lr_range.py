@@ -33,7 +33,8 @@ HELD_OUT = 5000  # training images, or a tenth of fewer
 LENGTHS, NUM_LRS = (1, 3), (7, 4)  # of the two rounds of short runs: epochs, and how many lrs
 MIN_STEPS = 80  # a short run of fewer steps says little: small datasets have more epochs
 NOISE = 0.01  # of a short run's loss, relative, between seeds
-EXPONENT_STD, MAX_EXPONENT = 0.2, 0.5  # of the best lr by the length, before anything is measured
+# Of the best lr by the length: a normal prior, and a bound: noise, extrapolated, can be anything.
+EXPONENT_MEAN, EXPONENT_STD, MAX_EXPONENT = -0.2, 0.2, 0.5
 INTERRUPTED = "stopped by Ctrl-C"
 
 
@@ -175,7 +176,7 @@ def recommend(rows, epochs):
     """(Minimum for a run of `epochs`, {length: Minimum of the short runs}); a pure function.
 
     The best lr is a power of the length. Its exponent is that between the minima of the shortest
-    and the longest runs, drawn to 0 as far as their errors ask for (a normal prior), and held to
+    and the longest runs, drawn to EXPONENT_MEAN as far as their errors ask for, and held to
     [-MAX_EXPONENT, 0]. The lr is at most half the least lr that diverged.
     """
     fits = {}
@@ -184,9 +185,11 @@ def recommend(rows, epochs):
         fits[length] = fit_minimum(*zip(*points))
     (short, first), *_, (long, last) = fits.items()
     errors = [math.log(fit.high / fit.low) / 4 if fit.low else math.inf for fit in (first, last)]
-    error, exponent = math.hypot(*errors), math.log(last.lr / first.lr)
-    weight = 1 / (1 + (error / math.log(long / short) / EXPONENT_STD) ** 2)
-    exponent = min(max(weight * exponent / math.log(long / short), -MAX_EXPONENT), 0.0)
+    span = math.log(long / short)
+    exponent, error = math.log(last.lr / first.lr) / span, math.hypot(*errors) / span
+    weight = 1 / (1 + (error / EXPONENT_STD) ** 2)
+    exponent = weight * exponent + (1 - weight) * EXPONENT_MEAN
+    exponent = min(max(exponent, -MAX_EXPONENT), 0.0)
     shift = (epochs / long) ** exponent
     factor = max(epochs / long, long / epochs) ** (2 * EXPONENT_STD * math.sqrt(1 - weight))
     diverged = min((row["lr"] for row in rows if math.isinf(row["val_loss"])), default=math.inf)
