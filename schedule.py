@@ -3,6 +3,7 @@
 A recipe is one flat dataclass; `train.py --set NAME=VALUE` overrides any field.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,9 +36,13 @@ class Recipe:
     weight_avg_frac: float = 0.0  # of the steps so far, over which evaluated weights are averaged
     embed_init_std: float = 1.0  # of the CLS token and the position embedding
     avg_pool_init: bool = False  # the stem's projection starts as an average over 2x2 cells
+    proj_blur: int = 0  # passes of a (1, 2, 1) / 4 filter over Muon's update of that projection
+    mixup_p: float = 0.0  # blend with up to half of another image
+    cutmix_p: float = 0.0  # replace a square of up to half the area by that of another image
+    mix_ramp_frac: float = 0.0  # first part of the run, in which these probabilities rise
     crop_padding: int = 0  # pixels on each side
     padding_mode: str = "reflect"  # or "wrap"
-    crop_decay_frac: float = 0.0  # last part of the run, with crops that reach half as far
+    crop_decay_frac: float = 0.0  # last part of the run: crops half as far, no mixing
     flip_p: float = 0.0
     affine_p: float = 0.0  # translate, scale and rotate, bilinear, wrapping at the border
     translate: float = 0.0  # fraction of the side, either way
@@ -78,9 +83,11 @@ BOUNDS = {  # least and greatest value, or the choices; a number without an entr
     **dict.fromkeys(("epochs", "batch_size"), (1, 2**31)),
     **dict.fromkeys(("max_lr", "div_factor", "final_div_factor"), (1e-30, 1e30)),
     **dict.fromkeys(("pct_start", "flip_p", "affine_p", "cutout_p", "crop_decay_frac"), (0, 1)),
+    **dict.fromkeys(("mixup_p", "cutmix_p", "mix_ramp_frac"), (0, 1)),
     **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "weight_avg_frac"), (0, 0.9999)),
     "scale": (0, 0.9999),
     **dict.fromkeys(("crop_padding", "cutout_size"), (0, 31)),
+    "proj_blur": (0, 100),
 }
 
 
@@ -165,6 +172,15 @@ def orthogonalize(matrices):
     return [w if len(m) <= m.shape[1] else w.T for w, m in zip(wide, matrices)]
 
 
+def blur_matrix(side, passes):
+    """b (side, side): b @ map @ b is a map filtered by (1, 2, 1) / 4 along both axes, `passes`
+    times, with its edges repeated.
+    """
+    eye = torch.eye(side)
+    before, after = eye[[0, *range(side - 1)]], eye[[*range(1, side), side - 1]]
+    return torch.linalg.matrix_power((before + 2 * eye + after) / 4, passes)
+
+
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose updates are orthogonalized, for float32 weights.
 
@@ -174,11 +190,14 @@ class Muon(torch.optim.Optimizer):
     num_chunks[i] matrices are stacked along the first axis of params[i]. Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes matrices only, one at a time;
     this one also takes convolutions, as (out, in * height * width), all in a few batched products.
+
+    Where blurs[i] is a blur_matrix, rows of params[i] are maps, and their updates are blurred:
+    orthogonalizing makes noise as large as signal, and most noise is of high frequency.
     """
 
-    def __init__(self, params, num_chunks, weight_decay):
+    def __init__(self, params, num_chunks, weight_decay, blurs=None):
         super().__init__(params, {"lr": 0.0, "momentum": 0.0, "weight_decay": weight_decay})
-        self.num_chunks = num_chunks
+        self.num_chunks, self.blurs = num_chunks, blurs or [None] * len(num_chunks)
 
     @torch.no_grad()
     def step(self):
@@ -194,8 +213,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         updates = [m for u, n in zip(updates, self.num_chunks) for m in u.flatten(1).chunk(n)]
         views = [m for p, n in zip(params, self.num_chunks) for m in p.view(len(p), -1).chunk(n)]
-        for view, update in zip(views, orthogonalize(updates)):
+        blurs = [blur for blur, n in zip(self.blurs, self.num_chunks) for _ in range(n)]
+        for view, update, blur in zip(views, orthogonalize(updates), blurs):
             rows, columns = update.shape
+            if blur is not None:
+                blur = blur.to(update)
+                update = (blur @ update.reshape(rows, *blur.shape) @ blur).flatten(1)
             view.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
@@ -212,8 +235,12 @@ def build_optimizers(recipe, model):
     if recipe.optimizer == "muon":
         hidden = [name for name in decay if name != "head.weight"]
         num_chunks = [3 if name.endswith("qkv.weight") else 1 for name in hidden]
+        proj, blurs = params["stem.proj.weight"], None
+        if recipe.proj_blur:
+            blur = blur_matrix(math.isqrt(proj.shape[1]), recipe.proj_blur).to(proj)
+            blurs = [blur if name == "stem.proj.weight" else None for name in hidden]
         hidden = [params.pop(name) for name in hidden]
-        optimizers.append(Muon(hidden, num_chunks, recipe.weight_decay))
+        optimizers.append(Muon(hidden, num_chunks, recipe.weight_decay, blurs))
         decay = []
     no_decay = {"params": [p for n, p in params.items() if n not in decay], "weight_decay": 0.0}
     groups = [{"params": [params[n] for n in decay], "weight_decay": recipe.weight_decay}, no_decay]

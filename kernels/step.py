@@ -11,7 +11,7 @@ of values docs/kernels.md has. The sum over partial gradients, in fp32, divides 
 
 import torch
 
-from augment import augment
+from augment import augment, load_images, load_labels
 from kernels import attention, head, mlp, muon, stem, update
 from kernels.functions import Target, split
 from kernels.graph import GraphedFunction
@@ -35,7 +35,8 @@ class FusedStep:
         self.target = target or Target.of(device, trainer.runtime.dtype)
         self.param, has_average = flatten(self.model), trainer.averaged_model is not self.model
         self.average = flatten(trainer.averaged_model) if has_average else self.param
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.param), torch.zeros_like(self.param)
+        buffers = torch.zeros(3, len(self.param), device=device)
+        self.exp_avg, self.exp_avg_sq, self.update = buffers
         self.grad = torch.zeros(len(self.param) + 2, device=device)  # and sum of losses, correct
         self.counter, self.next_step = torch.zeros(1, dtype=torch.int32, device=device), None
         self.hparams = torch.zeros(trainer.steps_per_epoch, 6, device=device)
@@ -70,10 +71,11 @@ class FusedStep:
     def begin_epoch(self, plan, lrs, momenta):
         """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
         trainer, dataset, recipe, rows = self.trainer, self.dataset, self.recipe, plan.at(self.rows)
-        self.labels.copy_(dataset.train_labels[rows.indices])
+        for ours, drawn in zip(self.labels, load_labels(dataset, rows)):
+            ours.copy_(torch.zeros(()) if drawn is None else drawn)
         for i in range(0, len(self.rows), AUGMENT_BATCH):
             part = rows.at(slice(i, i + AUGMENT_BATCH))
-            images = augment(dataset.train_images[part.indices], part, recipe, trainer.normalize)
+            images = augment(load_images(dataset, part), part, recipe, trainer.normalize)
             inside = self.pixels[i : i + AUGMENT_BATCH, :, 1:-1, 1:-1]
             inside.copy_(images.to(self.target.dtype))
         n = trainer.epoch * trainer.steps_per_epoch + 1 + torch.arange(len(lrs)).double()
@@ -114,7 +116,8 @@ class FusedStep:
         self.rows = torch.cat(rows).to(self.device)  # of an epoch's plan, this rank's
         counts = {size: stop - start for size, (start, stop) in shards.items()}
         self.batch_size, B = counts[sizes[0]], max(counts.values())
-        self.labels = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
+        labels, share = torch.zeros_like(self.rows), torch.zeros(len(self.rows), device=self.device)
+        self.labels = labels, labels.clone(), share  # and the partners', and their share
         # The kernels read pixels in a margin of zeros.
         self.pixels = buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
         self.a = buffer(B, S * S // config["patch_size"] ** 2, T - 1)  # conv2, before its GELU
@@ -159,9 +162,10 @@ class FusedStep:
         """Which parameters are Muon's, and the tables of both optimizers."""
         *muons, adamw = build_optimizers(self.recipe, self.model)
         decay = {p: bool(g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
-        num_chunks = {}
+        num_chunks, blurs, self.blurs = {}, {}, []
         for optimizer in muons:
             num_chunks |= zip(optimizer.param_groups[0]["params"], optimizer.num_chunks)
+            blurs |= zip(num_chunks, optimizer.blurs)
         self.is_muon = [p in num_chunks for p in self.model.parameters()]
         matrices, blocks, N, size, end = [], [], len(self.param), update.BLOCK, 0
         counts = [[N, N + 1, 0]]  # the loss
@@ -170,7 +174,10 @@ class FusedStep:
             counts.append([start, end, 0])
             if p in num_chunks:
                 rows, columns = len(p) // num_chunks[p], p.numel() // len(p)
-                matrices += [[i, rows, columns] for i in range(start, end, rows * columns)]
+                blur = blurs[p]
+                self.blurs += [] if blur is None else [(start, rows, blur)]
+                layout = rows, columns, blur is not None
+                matrices += [[i, *layout] for i in range(start, end, rows * columns)]
             else:
                 blocks += [[i, min(i + size, end), decay[p]] for i in range(start, end, size)]
         table = lambda rows: torch.tensor(rows, dtype=torch.int32, device=self.device)
