@@ -99,7 +99,7 @@ def accuracy():
         row["best epoch"] = mean_std([max(column(run, "test_accuracy")) for run in runs])
         row |= {"flip-TTA": mean_std(tta) if tta else "", "threads": group[0]["threads"]}
         row["seconds a run"] = seconds(runs) if group[0]["idle_machine"] == "yes" else ""
-        rows.append(row)
+        rows.append({**row, "commit": group[0]["commit"]})
     return table(rows)
 
 
@@ -126,6 +126,12 @@ def ablation():
         row["mean ± std"] = mean_std(values)
         rows.append({**row, "difference": f"{statistics.mean(values) - whole:+.2f}"})
     return table(rows)
+
+
+def trials():
+    """The trials after those that chose the first recipes, in full."""
+    keys = ("other_changes", "epochs", "seed", "train_accuracy", "val_accuracy", "val_loss")
+    return table([{k: row[k] for k in keys} for row in jpeg("trials") if int(row["trial"]) > 108])
 
 
 def lr_study():
@@ -213,8 +219,8 @@ def traffic():
     return table(rows)
 
 
-FUNCTIONS = headline, reading, accuracy, log, ablation, lr_study, lr_regret, saliency, speed
-FUNCTIONS = *FUNCTIONS, resources, traffic
+FUNCTIONS = headline, reading, accuracy, trials, log, ablation, lr_study, lr_regret, saliency
+FUNCTIONS = *FUNCTIONS, speed, resources, traffic
 TABLES = {function.__name__: function for function in FUNCTIONS}
 
 
