@@ -202,3 +202,16 @@ def augment(images, rows, recipe, normalize):
     if rows.cutout is not None:
         images = cutout(images, rows.cutout_xy, recipe.cutout_size, rows.cutout)
     return images
+
+
+def tta_views(images, tta):
+    """The views of normalized images over which test-time augmentation averages logits.
+
+    "none": the images. "flip": their mirror images too. "shift": also both of crops moved by one
+    pixel, up and left, down and right, as in Jordan 2024, arXiv:2404.00498.
+    """
+    S, views = images.shape[-1], [images]
+    if tta == "shift":
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        views += [padded[:, :, :S, :S], padded[:, :, 2:, 2:]]
+    return views if tta == "none" else views + [view.flip(3) for view in views]

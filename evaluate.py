@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: accuracy, loss, confusion matrix, report and misclassified images.
 
     python evaluate.py --ckpt best.pt                   # on the dataset of its training run
-    python evaluate.py --ckpt best.pt --tta flip        # also with the mirror image averaged in
+    python evaluate.py --ckpt best.pt --tta shift       # also averaged over views of an image
 
 Writes confusion.png and misclassified.png beside the checkpoint, or to --out.
 """
@@ -84,7 +84,8 @@ def parse_args():
     parser = Parser(description="Evaluate a checkpoint on test images.")
     add = parser.add_argument
     add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
-    add("--tta", default="none", choices=["none", "flip"], help="also with the mirror image")
+    help = "also averaged over mirror images (flip), and over those of crops a pixel away (shift)"
+    add("--tta", default="none", choices=["none", "flip", "shift"], help=help)
     add("--n", type=positive_int, default=20, help="misclassified images to show")
     add_data_arguments(parser, default=None)
     add_device_arguments(parser)
@@ -108,9 +109,9 @@ def main():
     logits = predict(runtime, model, normalize, images)
     accuracy = "accuracy {1:.2f} %, cross entropy {0:.4f} nats".format
     print("\n" + accuracy(*loss_and_accuracy(logits, labels)))
-    if args.tta == "flip":
-        flipped = predict(runtime, model, normalize, images, tta=True)
-        print(f"with mirror images averaged in: {accuracy(*loss_and_accuracy(flipped, labels))}")
+    if args.tta != "none":
+        averaged = predict(runtime, model, normalize, images, args.tta)
+        print(f"with --tta {args.tta}: {accuracy(*loss_and_accuracy(averaged, labels))}")
     confidence, predictions = logits.softmax(1).max(1)
     matrix = confusion_matrix(labels, predictions, len(names)).cpu()
     print(f"\nconfusion matrix, rows actual, columns predicted\n{matrix_text(matrix, names)}")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from augment import (
-    Normalize, augment, epoch_plan, load_images, load_labels, mixed_cross_entropy,
+    Normalize, augment, epoch_plan, load_images, load_labels, mixed_cross_entropy, tta_views,
 )  # fmt: skip
 from cli import (
     Interrupted, ProgressBar, RunError, SignalHandler, UsageError, atomic_write, first_line, sha256,
@@ -158,15 +158,14 @@ class Trainer:
 
 
 @torch.no_grad()
-def predict(runtime, model, normalize, images, tta=False):
-    """float32 logits (N, K) of uint8 images (N, 3, S, S); `tta` averages those of mirror images."""
+def predict(runtime, model, normalize, images, tta="none"):
+    """float32 logits (N, K) of uint8 images (N, 3, S, S), averaged over their tta_views."""
     parts, dist = [], runtime.dist
     progress = ProgressBar("evaluating", len(images))
     for i, batch in enumerate(images.split(EVAL_BATCH_SIZE)):
         if i % dist.world_size == dist.rank:
-            batch = normalize(batch)
-            logits = runtime.logits(model, batch)
-            parts.append((logits + runtime.logits(model, batch.flip(3))) / 2 if tta else logits)
+            views = tta_views(normalize(batch), tta)
+            parts.append(sum(runtime.logits(model, view) for view in views) / len(views))
         else:  # another rank's batch
             parts.append(torch.zeros(len(batch), model.config["num_classes"], device=batch.device))
         progress.update(min((i + 1) * EVAL_BATCH_SIZE, len(images)))

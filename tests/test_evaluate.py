@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, save_small_checkpoint
@@ -13,6 +14,7 @@ import plots
 from augment import Normalize
 from data import load_for_checkpoint
 from evaluate import classification_report, confusion_matrix, matrix_text
+from runtime import Runtime
 from schedule import OneCycle
 
 LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
@@ -44,12 +46,15 @@ def test_script(small, small_shapes, tmp_path, succeeds, monkeypatch):
     save_small_checkpoint(path, small, **config)
     monkeypatch.chdir(path.parent)
     monkeypatch.setattr(evaluate, "load_for_checkpoint", spy)
-    out = succeeds(evaluate, ["--ckpt", path, "--tta", "flip", "--n", 7])
+    flags = "--tta", "shift", "--n", 7, "--precision", "fp32"
+    out = succeeds(evaluate, ["--ckpt", path, *flags])
     assert spy.call_args.args[1:3] == (None, "./data")
     assert "recipe \\x1b[31m) on shapes, 100 test images\n" in out
     images, model = Normalize(small.mean, small.std, "cpu")(small.test_images), make_model()
-    logits, flipped = model(images), model(images.flip(3))
-    for name, values in (("\n", logits), ("averaged in: ", (logits + flipped) / 2)):
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+    crops = [torch.from_numpy(padded[..., i : i + 32, i : i + 32]) for i in (0, 1, 2)]
+    logits, views = model(images), [view for crop in crops for view in (crop, crop.flip(3))]
+    for name, values in (("\n", logits), ("shift: ", sum(map(model, views)) / 6)):
         loss = torch.nn.functional.cross_entropy(values, small.test_labels)
         accuracy = (values.argmax(1) == small.test_labels).sum()  # of 100 images
         assert f"{name}accuracy {accuracy}.00 %, cross entropy {loss:.4f} nats\n" in out
@@ -101,7 +106,8 @@ def test_classify(small, tmp_path):
     image = small.test_images[0]
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     names, probabilities = evaluate.classify(ckpt, [tmp_path / "a.png"])
-    expected = make_model()(Normalize(small.mean, small.std, "cpu")(image[None])).softmax(1)
+    normalized = Normalize(small.mean, small.std, "cpu")(image[None])
+    expected = Runtime().logits(make_model(), normalized).softmax(1)
     assert names == list(small.class_names)
     for found in (probabilities, evaluate.classify(ckpt, image[None], "cpu")[1]):
         assert torch.allclose(found, expected, atol=1e-4)
