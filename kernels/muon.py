@@ -3,15 +3,13 @@
     S = u u', chunk by chunk of u;  five times P = Q P, S = Q S Q, Q = a I + b S + c S^2;
     W -= lr P u, chunk by chunk
 
-A second launch blurs the update of a matrix whose rows are maps, if the recipe asks for it.
-
 u is read twice and never stored. The shorter side of every matrix is at most 64, that of S.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.functions import INTERPRETED, dot, launch, padded, update_average
+from kernels.functions import INTERPRETED, launch, update_average
 from schedule import COEFFICIENTS, EPS
 
 SIDE = 64  # of gram matrices
@@ -33,14 +31,12 @@ def muon_kernel(
     counter_ptr,  # (1,), int32, steps done in the epoch, this one included
     hparams_ptr,  # (steps, 6), see adamw_kernel
     coefficients_ptr,  # (STEPS, 3): a, b, c
-    layout_ptr,  # (programs, 4), int32: offset of a matrix (a chunk of a parameter), rows, columns,
-    # and whether its update is left in update_ptr
+    layout_ptr,  # (programs, 3), int32: offset of a matrix (a chunk of a parameter), rows, columns
     param_ptr, exp_avg_ptr, average_ptr,  # (N,), updated in place
-    update_ptr,  # (N,)
     weight_decay, eps,
     STEPS: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    layout_ptr += 4 * tl.program_id(0)
+    layout_ptr += 3 * tl.program_id(0)
     start, rows, columns = tl.load(layout_ptr), tl.load(layout_ptr + 1), tl.load(layout_ptr + 2)
     hparams_ptr += (tl.load(counter_ptr) - 1) * 6
     lr, momentum = tl.load(hparams_ptr), tl.load(hparams_ptr + 1)
@@ -73,36 +69,12 @@ def muon_kernel(
         i = start + row * step_n + (first + column) * step_m
         mask = (row < n) & (first + column < m)
         exp_avg, u = nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum)
-        update = scale * tl.dot(product, u, input_precision=PRECISION)
+        p = tl.load(param_ptr + i, mask=mask, other=0.0) * (1 - lr * weight_decay)
+        p -= scale * tl.dot(product, u, input_precision=PRECISION)
+        tl.store(param_ptr + i, p, mask=mask)
         tl.store(exp_avg_ptr + i, exp_avg, mask=mask)
-        if tl.load(layout_ptr + 3) != 0:
-            tl.store(update_ptr + i, update, mask=mask)
-        else:
-            p = tl.load(param_ptr + i, mask=mask, other=0.0) * (1 - lr * weight_decay) - update
-            tl.store(param_ptr + i, p, mask=mask)
-            update_average(average_ptr + i, p, average_weight, mask)
+        update_average(average_ptr + i, p, average_weight, mask)
         first += CHUNK
-
-
-@triton.jit(do_not_specialize=["start"])
-def blur_kernel(
-    update_ptr,  # (N,)
-    counter_ptr, hparams_ptr,  # see muon_kernel
-    blur_ptr,  # (S, S), see schedule.blur_matrix
-    param_ptr, average_ptr,  # (N,), updated in place
-    start, weight_decay,  # start: the offset of a parameter whose rows are maps, one a program
-    S: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    hparams_ptr += (tl.load(counter_ptr) - 1) * 6
-    row, column = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
-    at, mask = row * S + column, (row < S) & (column < S)
-    blur = tl.load(blur_ptr + at, mask=mask, other=0.0)
-    i = start + tl.program_id(0) * S * S + at
-    update = dot(dot(blur, tl.load(update_ptr + i, mask=mask, other=0.0)), blur)
-    decay = 1 - tl.load(hparams_ptr) * weight_decay
-    p = tl.load(param_ptr + i, mask=mask, other=0.0) * decay - update
-    tl.store(param_ptr + i, p, mask=mask)
-    update_average(average_ptr + i, p, tl.load(hparams_ptr + 5), mask)
 
 
 def options(target):
@@ -118,11 +90,7 @@ def options(target):
 
 def step(state):
     """Update every matrix; `state` is the FusedStep."""
-    decay, hparams = state.recipe.weight_decay, (state.counter, state.hparams)
-    args = state.grad, *hparams, state.coefficients, state.matrices
-    args = *args, state.param, state.exp_avg, state.average, state.update, decay, EPS
+    args = state.grad, state.counter, state.hparams, state.coefficients, state.matrices
+    args = *args, state.param, state.exp_avg, state.average, state.recipe.weight_decay, EPS
     sizes = {"STEPS": len(COEFFICIENTS), "SIDE": SIDE, "CHUNK": CHUNK, **options(state.target)}
     launch(muon_kernel, len(state.matrices), *args, **sizes)
-    for start, rows, blur in state.blurs:
-        args = state.update, *hparams, blur, state.param, state.average, start, decay
-        launch(blur_kernel, rows, *args, S=len(blur), P=padded(len(blur)), num_warps=1)

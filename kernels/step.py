@@ -35,8 +35,7 @@ class FusedStep:
         self.target = target or Target.of(device, trainer.runtime.dtype)
         self.param, has_average = flatten(self.model), trainer.averaged_model is not self.model
         self.average = flatten(trainer.averaged_model) if has_average else self.param
-        buffers = torch.zeros(3, len(self.param), device=device)
-        self.exp_avg, self.exp_avg_sq, self.update = buffers
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.param), torch.zeros_like(self.param)
         self.grad = torch.zeros(len(self.param) + 2, device=device)  # and sum of losses, correct
         self.counter, self.next_step = torch.zeros(1, dtype=torch.int32, device=device), None
         self.hparams = torch.zeros(trainer.steps_per_epoch, 6, device=device)
@@ -162,10 +161,9 @@ class FusedStep:
         """Which parameters are Muon's, and the tables of both optimizers."""
         *muons, adamw = build_optimizers(self.recipe, self.model)
         decay = {p: bool(g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
-        num_chunks, blurs, self.blurs = {}, {}, []
+        num_chunks = {}
         for optimizer in muons:
             num_chunks |= zip(optimizer.param_groups[0]["params"], optimizer.num_chunks)
-            blurs |= zip(num_chunks, optimizer.blurs)
         self.is_muon = [p in num_chunks for p in self.model.parameters()]
         matrices, blocks, N, size, end = [], [], len(self.param), update.BLOCK, 0
         counts = [[N, N + 1, 0]]  # the loss
@@ -174,10 +172,7 @@ class FusedStep:
             counts.append([start, end, 0])
             if p in num_chunks:
                 rows, columns = len(p) // num_chunks[p], p.numel() // len(p)
-                blur = blurs[p]
-                self.blurs += [] if blur is None else [(start, rows, blur)]
-                layout = rows, columns, blur is not None
-                matrices += [[i, *layout] for i in range(start, end, rows * columns)]
+                matrices += [[i, rows, columns] for i in range(start, end, rows * columns)]
             else:
                 blocks += [[i, min(i + size, end), decay[p]] for i in range(start, end, size)]
         table = lambda rows: torch.tensor(rows, dtype=torch.int32, device=self.device)

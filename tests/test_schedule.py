@@ -9,7 +9,7 @@ from conftest import ROOT, make_trainer, small_recipe
 
 from cli import UsageError, read_csv
 from schedule import COEFFICIENTS, RECIPES, Muon, OneCycle, Recipe, orthogonalize
-from schedule import blur_matrix, set_lr_momentum, with_overrides
+from schedule import set_lr_momentum, with_overrides
 
 # --- OneCycle ---
 
@@ -134,12 +134,12 @@ def test_singular_values_above_a_thousandth_end_near_1():
     assert values.min() > 0.876 and values.max() < 1.124
 
 
-def muon_step(params, grads, num_chunks, blurs=None, weight_decay=0.1, lr=0.1, momentum=0.9):
+def muon_step(params, grads, num_chunks, weight_decay=0.1, lr=0.1, momentum=0.9):
     """The parameters after one step from zero state, concatenated."""
     params = [p.clone().requires_grad_() for p in params]
     for p, grad in zip(params, grads):
         p.grad = grad.clone()
-    optimizer = Muon(params, num_chunks, weight_decay, blurs)
+    optimizer = Muon(params, num_chunks, weight_decay)
     set_lr_momentum([optimizer], lr, momentum)
     optimizer.step()
     return torch.cat([p.detach().flatten() for p in params])
@@ -182,31 +182,14 @@ def test_convolutions_and_stacked_matrices_move_as_their_matrices():
     assert tall.norm() / wide.norm() == pytest.approx(2**0.5, rel=1e-4)  # sqrt(rows / columns)
 
 
-def test_updates_of_maps_are_blurred():
-    """Two passes of a convolution, edges repeated; the update of the other matrix stays sharp."""
-    torch.manual_seed(0)
-    grads, zeros = [torch.randn(4, 25), torch.randn(4, 3)], [torch.zeros(4, 25), torch.zeros(4, 3)]
-    sharp = muon_step(zeros, grads, [1, 1])
-    blurred = muon_step(zeros, grads, [1, 1], [blur_matrix(5, 2), None])
-    maps, kernel = sharp[:100].view(4, 1, 5, 5), torch.tensor([1.0, 2.0, 1.0]) / 4
-    for _ in range(2):
-        maps = F.pad(maps, (1, 1, 1, 1), mode="replicate")
-        maps = F.conv2d(maps, torch.outer(kernel, kernel).view(1, 1, 3, 3))
-    assert torch.allclose(blurred[:100], maps.flatten(), rtol=0, atol=1e-6)
-    assert torch.equal(blurred[100:], sharp[100:])
-
-
 def test_muon_has_the_hidden_weights_and_adamw_the_rest(small):
     changes = dict(optimizer="muon", adamw_lr_scale=0.15, weight_decay=0.1, l1=0.0, batch_size=100)
-    changes |= dict(proj_blur=3)
     trainer = make_trainer(small, small_recipe(**changes))
     names = {p: name for name, p in trainer.model.named_parameters()}
     muon, adamw = trainer.optimizers
     (hidden,), (_, rest) = muon.param_groups, adamw.param_groups
     num_chunks = dict(zip((names[p] for p in hidden["params"]), muon.num_chunks))
     assert num_chunks == {name: 3 if name.endswith("qkv.weight") else 1 for name in num_chunks}
-    blurred = [names[p] for p, b in zip(hidden["params"], muon.blurs) if b is not None]
-    assert blurred == ["stem.proj.weight"]
     others = {names[p] for p in rest["params"]}
     assert num_chunks.keys() ^ others == set(names.values())
     matrices = {name for name in others if trainer.model.get_parameter(name).dim() > 1}

@@ -79,7 +79,7 @@ def state(trainer):
 @pytest.mark.parametrize("recipe", ["original", "long"])  # long is default and more
 def test_ten_steps(recipe, monkeypatch):
     """With L1 and a last batch of one image: totals, gradient and weights, 1, 2 and 10 steps on."""
-    mixed = {"weight_avg_frac": 0.5, "mixup_p": 0.5, "cutmix_p": 0.5, "proj_blur": 2}
+    mixed = {"weight_avg_frac": 0.5, "mixup_p": 0.5, "cutmix_p": 0.5}
     trainers = small_trainers(recipe, monkeypatch, **(mixed if recipe == "long" else {}))
     fused = trainers[0].fused_step
     buffers = lambda: [*trainers[0].model.parameters(), fused.exp_avg, fused.exp_avg_sq]
@@ -151,7 +151,7 @@ def test_launches_of_a_step(recipe):
     fused = fused_step(recipe, torch.float32)
     with NoOperations():
         names = [verify.kernel_name(kernel) for kernel, *_ in verify.record_launches(fused, 2)]
-    assert len(names) == 13 + sum(name.startswith("muon") for name in names) <= 16
+    assert len(names) == 13 + ("muon muon" in names) <= 16
 
 
 def test_gradients_fit_fp16():
