@@ -145,23 +145,20 @@ def lr_study():
 
 def lr_regret():
     """Accuracy at the recommended lr, of a grid, linear in log lr, against the best of the grid."""
-    rows, runs = [], read_csv(RESULTS / "lr_grid.csv")
-    for data, name in dict.fromkeys((run["data"], run["name"]) for run in runs):
-        group = [run for run in runs if (run["data"], run["name"]) == (data, name)]
-        grid = {}
-        for lr, value in sorted(zip(column(group, "max_lr"), column(group, "val_accuracy"))):
-            grid.setdefault(lr, []).append(value)
-        means = {lr: statistics.mean(values) for lr, values in grid.items()}
+    rows, runs, keys = [], read_csv(RESULTS / "lr_grid.csv"), ("data", "name", "seed")
+    for data, name, seed in dict.fromkeys(tuple(run[k] for k in keys) for run in runs):
+        group = [run for run in runs if tuple(run[k] for k in keys) == (data, name, seed)]
+        grid = dict(sorted(zip(column(group, "max_lr"), column(group, "val_accuracy"))))
         short = read_csv(RESULTS / data / f"lr_runs-{name}.csv")
         short = [{k: float(v) for k, v in row.items()} for row in short]
         lr = recommend(short, int(group[0]["epochs"]))[0].lr
-        there = np.interp(np.log(lr), np.log([*means]), [*means.values()])
-        best = max(means, key=means.get)
-        row = {"data": data, "recipe": f"`{name}`"}
-        row["accuracy at each lr"] = ", ".join(f"{lr:.3g}: {mean_std(v)}" for lr, v in grid.items())
-        row["best"] = f"{means[best]:.2f} at {best:.3g}"
+        there = np.interp(np.log(lr), np.log([*grid]), [*grid.values()])
+        best = max(grid, key=grid.get)
+        row = {"data": data, "recipe": f"`{name}`", "seed": seed}
+        row["accuracy at each lr"] = ", ".join(f"{lr:.3g}: {v:.2f}" for lr, v in grid.items())
+        row["best"] = f"{grid[best]:.2f} at {best:.3g}"
         row["recommended"] = f"{there:.2f} at {lr:.3g}"
-        rows.append({**row, "regret": f"{means[best] - there:.2f}"})
+        rows.append({**row, "regret": f"{grid[best] - there:.2f}"})
     return table(rows)
 
 
