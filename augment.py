@@ -16,9 +16,6 @@ class EpochPlan(NamedTuple):
     """One row an image, in the order of the epoch; None for what the recipe leaves out."""
 
     indices: torch.Tensor  # (N,) int64, places in the training set
-    partners: torch.Tensor | None = None  # (N,) int64, the same of the images to mix in
-    mix_weight: torch.Tensor | None = None  # (N,) float32, of the partner within the box
-    mix_box: torch.Tensor | None = None  # (N, 3) int64, top row, left column, side
     offsets: torch.Tensor | None = None  # (N, 2) int64, of the crop: rows, columns, either sign
     flip: torch.Tensor | None = None  # (N,) bool
     affine: torch.Tensor | None = None  # (N,) bool; the next three are for these images
@@ -46,19 +43,9 @@ def epoch_plan(recipe, num_images, image_size, seed, epoch, device):
         return torch.randint(low, high + 1, (N, 2), device=device, generator=generator)
 
     plan = {"indices": torch.randperm(N, device=device, generator=generator)}
-    is_mild = epoch >= round(recipe.epochs * (1 - recipe.crop_decay_frac))
-    if recipe.mixup_p or recipe.cutmix_p:
-        ramp = min(1.0, (epoch + 1) / (1 + recipe.mix_ramp_frac * recipe.epochs)) * (not is_mild)
-        plan["partners"] = torch.randperm(N, device=device, generator=generator)
-        kind, share = uniform(0, 1), uniform(0, 0.5)  # of the partner
-        is_mixup, is_cutmix = kind < recipe.mixup_p * ramp, kind >= 1 - recipe.cutmix_p * ramp
-        side = torch.where(is_cutmix, (S * share.sqrt()).round(), S).view(N, 1)
-        corner = (uniform(0, 1, 2) * (S - side + 1)).floor()
-        plan["mix_box"] = torch.cat([corner, side], 1).long()
-        plan["mix_weight"] = torch.where(is_mixup, share, is_cutmix.float())
     if recipe.crop_padding:
         plan["offsets"] = randint(-recipe.crop_padding, recipe.crop_padding)
-        if is_mild:
+        if epoch >= round(recipe.epochs * (1 - recipe.crop_decay_frac)):
             plan["offsets"] = plan["offsets"].div(2, rounding_mode="trunc")
     if recipe.flip_p:
         plan["flip"] = uniform(0, 1) < recipe.flip_p
@@ -72,52 +59,6 @@ def epoch_plan(recipe, num_images, image_size, seed, epoch, device):
         plan["cutout"] = uniform(0, 1) < recipe.cutout_p
         plan["cutout_xy"] = randint(0, S - recipe.cutout_size)
     return EpochPlan(**plan)
-
-
-def load_images(dataset, rows):
-    """uint8 training images (B, 3, S, S) of rows of a plan, mixed."""
-    images = dataset.train_images.index_select(0, rows.indices)
-    if rows.partners is None:
-        return images
-    partners = dataset.train_images.index_select(0, rows.partners)
-    return mix(images, partners, rows.mix_weight, rows.mix_box)
-
-
-def load_labels(dataset, rows):
-    """Labels of rows of a plan and of their partners, int64 (B,), and the partners' share of the
-    loss, float32 (B,), their share of the pixels.
-    """
-    labels = dataset.train_labels[rows.indices]
-    if rows.partners is None:
-        return labels, labels, None
-    area = (rows.mix_box[:, 2] / dataset.train_images.shape[-1]).square()
-    return labels, dataset.train_labels[rows.partners], rows.mix_weight * area
-
-
-def mixed_cross_entropy(logits, labels, partner_labels, share):
-    """Sum of cross entropies of logits (B, K) of mixed images; see load_labels."""
-    if share is None:
-        return F.cross_entropy(logits, labels, reduction="sum")
-    losses = (F.cross_entropy(logits, y, reduction="none") for y in (labels, partner_labels))
-    return torch.lerp(*losses, share.to(logits.dtype)).sum()
-
-
-def box_mask(corners, side, S):
-    """bool (B, 1, S, S): squares at `corners` (B, 2; row, column), of an int side or (B, 1, 1)."""
-    index, low = torch.arange(S, device=corners.device), corners.view(-1, 2, 1)
-    rows, columns = ((index >= low) & (index < low + side)).unbind(1)  # 2 x (B, S)
-    return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
-
-
-def mix(images, partners, weight, box):
-    """Blend a box (B, 3; row, column, side) of the partners into uint8 images, by weight (B,).
-
-    With the whole image as the box it is mixup (Zhang et al. 2017, arXiv:1710.09412), with a weight
-    of 1 CutMix (Yun et al. 2019, arXiv:1905.04899).
-    """
-    inside = box_mask(box[:, :2], box[:, 2].view(-1, 1, 1), images.shape[-1])
-    weight = inside * weight.view(-1, 1, 1, 1)  # (B, 1, S, S)
-    return torch.lerp(images.float(), partners.float(), weight).round().byte()
 
 
 def gather_pixels(images, index):
@@ -167,8 +108,11 @@ def affine(images, translate, scale, angle):
 
 def cutout(images, corners, size, mask):
     """Zero a square of `size` pixels at `corners` (B, 2; row, column) in the images of `mask`."""
-    inside = box_mask(corners, size, images.shape[-1]) & mask.view(-1, 1, 1, 1)
-    return torch.where(inside, 0.0, images)
+    B, _, S, _ = images.shape
+    index = torch.arange(S, device=images.device)
+    inside = (index >= corners.view(B, 2, 1)) & (index < corners.view(B, 2, 1) + size)  # (B, 2, S)
+    rows, columns = inside[:, 0] & mask.view(B, 1), inside[:, 1]
+    return torch.where(rows.view(B, 1, S, 1) & columns.view(B, 1, 1, S), 0.0, images)
 
 
 class Normalize:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import plots
 import sources
-from augment import Normalize, augment, epoch_plan, load_images
+from augment import Normalize, augment, epoch_plan
 from schedule import RECIPES
 
 # Of the run to reproduce; `channel_mean_std` gives the same to three digits.
@@ -194,7 +194,7 @@ def main():
     grid = [images[shown]]
     for plan in plans:
         rows = plan.at(plan.indices.argsort()[shown])
-        grid.append(normalize.invert(augment(load_images(dataset, rows), rows, recipe, normalize)))
+        grid.append(normalize.invert(augment(images[shown], rows, recipe, normalize)))
     names = [dataset.class_names[label] for label in dataset.train_labels[shown].tolist()]
     row_labels = ["original"] + [f"epoch {epoch + 1}" for epoch in range(5)]
     figure = plots.sample_grid(grid, names, row_labels, f"{dataset.name}, recipe {args.recipe}")

@@ -234,8 +234,7 @@ class Search:
         dataset = data.load(args.data, args.data_dir, self.runtime.device)
         count = min(HELD_OUT, -(-len(dataset.train_images) // 10))
         self.dataset = data.train_val_split(dataset, count)
-        constant = dict.fromkeys(("crop_decay_frac", "mix_ramp_frac", "weight_avg_frac"), 0.0)
-        recipe = replace(self.recipe, **constant)  # only the lr moves
+        recipe = replace(self.recipe, crop_decay_frac=0.0, weight_avg_frac=0.0)  # only the lr moves
         self.trainer = Trainer(recipe, self.dataset, self.runtime, args.seed)
         N, self.rows = self.trainer.steps_per_epoch, []
         self.lengths = () if args.sweep_only else [n * -(-MIN_STEPS // N) for n in LENGTHS]

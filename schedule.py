@@ -35,12 +35,9 @@ class Recipe:
     weight_avg_frac: float = 0.0  # of the steps so far, over which evaluated weights are averaged
     embed_init_std: float = 1.0  # of the CLS token and the position embedding
     avg_pool_init: bool = False  # the stem's projection starts as an average over 2x2 cells
-    mixup_p: float = 0.0  # blend with up to half of another image
-    cutmix_p: float = 0.0  # replace a square of up to half the area by that of another image
-    mix_ramp_frac: float = 0.0  # first part of the run, in which these probabilities rise
     crop_padding: int = 0  # pixels on each side
     padding_mode: str = "reflect"  # or "wrap"
-    crop_decay_frac: float = 0.0  # last part of the run: crops half as far, no mixing
+    crop_decay_frac: float = 0.0  # last part of the run, with crops that reach half as far
     flip_p: float = 0.0
     affine_p: float = 0.0  # translate, scale and rotate, bilinear, wrapping at the border
     translate: float = 0.0  # fraction of the side, either way
@@ -71,7 +68,6 @@ DEFAULT = Recipe(
 # 200 epochs over-fit with less augmentation. Averaging gained 0.5 points in 60 epochs (n = 1).
 LONG = replace(
     DEFAULT, epochs=200, weight_avg_frac=0.06,
-    mixup_p=0.3, cutmix_p=0.4, mix_ramp_frac=0.3, crop_decay_frac=0.1,
     affine_p=0.5, translate=0.05, scale=0.15, degrees=10.0, cutout_p=0.5, cutout_size=8,
 )  # fmt: skip
 RECIPES = {"original": ORIGINAL, "default": DEFAULT, "long": LONG}
@@ -82,7 +78,6 @@ BOUNDS = {  # least and greatest value, or the choices; a number without an entr
     **dict.fromkeys(("epochs", "batch_size"), (1, 2**31)),
     **dict.fromkeys(("max_lr", "div_factor", "final_div_factor"), (1e-30, 1e30)),
     **dict.fromkeys(("pct_start", "flip_p", "affine_p", "cutout_p", "crop_decay_frac"), (0, 1)),
-    **dict.fromkeys(("mixup_p", "cutmix_p", "mix_ramp_frac"), (0, 1)),
     **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "weight_avg_frac"), (0, 0.9999)),
     "scale": (0, 0.9999),
     **dict.fromkeys(("crop_padding", "cutout_size"), (0, 31)),

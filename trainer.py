@@ -10,9 +10,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from augment import (
-    Normalize, augment, epoch_plan, load_images, load_labels, mixed_cross_entropy, tta_views,
-)  # fmt: skip
+from augment import Normalize, augment, epoch_plan, tta_views
 from cli import (
     Interrupted, ProgressBar, RunError, SignalHandler, UsageError, atomic_write, first_line, sha256,
     write_csv,
@@ -80,17 +78,18 @@ class Trainer:
         batch = self.plan.at(slice(i * recipe.batch_size, (i + 1) * recipe.batch_size))
         batch_size = len(batch.indices)
         rows = batch.at(slice(*dist.shard(batch_size)))
-        images = augment(load_images(dataset, rows), rows, recipe, self.normalize)
-        labels = load_labels(dataset, rows)
+        images = dataset.train_images.index_select(0, rows.indices)
+        images = augment(images, rows, recipe, self.normalize)
+        labels = dataset.train_labels[rows.indices]
 
         logits = self.runtime.logits(self.model, images)
-        loss = mixed_cross_entropy(logits, *labels)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
         self.model.zero_grad()
         (loss / batch_size).backward()  # unlike autograd.grad, it gives grads the params' strides,
         params = list(self.model.parameters())  # which fused optimizers take for granted
         grads = [p.grad for p in params]
         with torch.no_grad():
-            stats = torch.stack([loss, (logits.argmax(1) == labels[0]).sum()])
+            stats = torch.stack([loss, (logits.argmax(1) == labels).sum()])
             dist.all_reduce_list([*grads, stats])  # one all_reduce a step
             self.totals += stats
             self.finite_counts += torch.stack([stats[0], *torch._foreach_norm(grads)]).isfinite()

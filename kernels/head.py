@@ -1,10 +1,8 @@
 """Norm, head, cross entropy and their backward in one launch; vit.ViT and F.cross_entropy.
 
-    y = LayerNorm(x),  logits = y W' + b,  loss = logsumexp(logits) - target . logits
-    dlogits = softmax(logits) - target,  dW = dlogits' y,  db = colsum(dlogits),
+    y = LayerNorm(x),  logits = y W' + b,  loss = logsumexp(logits) - logits[label]
+    dlogits = softmax(logits) - onehot(label),  dW = dlogits' y,  db = colsum(dlogits),
     dx = the gradient of dlogits W through LayerNorm
-
-with target = onehot(label), or a mixture of two labels for a mixed image.
 
 A program takes R images. All but x and dx is fp32 whatever the working dtype: these products are a
 thousandth of the network's. Gradients are those of the sum of losses, not the mean (see step.py).
@@ -25,8 +23,7 @@ def head_kernel(
     x_ptr,  # (B, C), working dtype
     norm_weight_ptr, norm_bias_ptr,  # (C,)
     weight_ptr, bias_ptr,  # (K, C), (K,)
-    labels_ptr, partner_labels_ptr,  # (N,), int64, in the order of the epoch
-    share_ptr,  # (N,), of the partner's label
+    labels_ptr,  # (N,), int64, in the order of the epoch
     counter_ptr,  # (1,), int32, steps done in the epoch
     dx_ptr,  # (B, C), working dtype
     partial_ptr,  # (programs, 2C + KC + K + 2), of norm, weight, bias; sum of losses; correct
@@ -41,19 +38,15 @@ def head_kernel(
     logits = dot(y, tl.trans(weight)) + tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
     logits = tl.where(k[None, :] < K, logits, -float("inf"))  # (R, KP)
 
-    row = tl.load(counter_ptr).to(tl.int64) * batch_size + b
-    label = tl.load(labels_ptr + row, mask=b < B, other=0).to(tl.int32)
-    partner = tl.load(partner_labels_ptr + row, mask=b < B, other=0).to(tl.int32)
-    share = tl.load(share_ptr + row, mask=b < B, other=0.0)[:, None]
-    target = tl.where(k[None, :] == label[:, None], 1.0 - share, 0.0)
-    target += tl.where(k[None, :] == partner[:, None], share, 0.0)  # (R, KP)
+    labels_ptr += tl.load(counter_ptr).to(tl.int64) * batch_size + b
+    label = tl.load(labels_ptr, mask=b < B, other=0).to(tl.int32)
+    is_label = k[None, :] == label[:, None]
     largest = tl.max(logits, 1)
     powers = tl.exp(logits - largest[:, None])
     total = tl.sum(powers, 1)
-    finite = tl.where(k[None, :] < K, logits, 0.0)
-    loss = largest + tl.log(total) - tl.sum(target * finite, 1)
+    loss = largest + tl.log(total) - tl.sum(tl.where(is_label, logits, 0.0), 1)
     correct = (tl.argmax(logits, 1) == label) & (b < B)
-    dlogits = tl.where(mask, powers / total[:, None] - target, 0.0)
+    dlogits = tl.where(mask, powers / total[:, None] - tl.where(is_label, 1.0, 0.0), 0.0)
 
     partial_ptr += tl.program_id(0).to(tl.int64) * (2 * C + K * C + K + 2)
     dy = dot(dlogits, weight)  # (R, KP) x (KP, C) -> (R, C)
@@ -77,7 +70,7 @@ def forward_backward(state, num_images):
     """Write state.dx[-1], and partial gradients of norm and head, loss and correct."""
     norm, head = state.model.norm, state.model.head
     K, C = head.weight.shape
-    args = state.x[-1], *norm.parameters(), *head.parameters(), *state.labels, state.counter
+    args = state.x[-1], *norm.parameters(), *head.parameters(), state.labels, state.counter
     args = *args, state.dx[-1], state.partials["head"], state.batch_size, num_images
     sizes = {"K": K, "KP": padded(K), "C": C, "R": ROWS, **state.target.options}
     launch(head_kernel, num_programs(num_images), *args, **sizes)

@@ -11,7 +11,7 @@ of values docs/kernels.md has. The sum over partial gradients, in fp32, divides 
 
 import torch
 
-from augment import augment, load_images, load_labels
+from augment import augment
 from kernels import attention, head, mlp, muon, stem, update
 from kernels.functions import Target, split
 from kernels.graph import GraphedFunction
@@ -70,11 +70,10 @@ class FusedStep:
     def begin_epoch(self, plan, lrs, momenta):
         """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
         trainer, dataset, recipe, rows = self.trainer, self.dataset, self.recipe, plan.at(self.rows)
-        for ours, drawn in zip(self.labels, load_labels(dataset, rows)):
-            ours.copy_(torch.zeros(()) if drawn is None else drawn)
+        self.labels.copy_(dataset.train_labels[rows.indices])
         for i in range(0, len(self.rows), AUGMENT_BATCH):
             part = rows.at(slice(i, i + AUGMENT_BATCH))
-            images = augment(load_images(dataset, part), part, recipe, trainer.normalize)
+            images = augment(dataset.train_images[part.indices], part, recipe, trainer.normalize)
             inside = self.pixels[i : i + AUGMENT_BATCH, :, 1:-1, 1:-1]
             inside.copy_(images.to(self.target.dtype))
         n = trainer.epoch * trainer.steps_per_epoch + 1 + torch.arange(len(lrs)).double()
@@ -115,8 +114,7 @@ class FusedStep:
         self.rows = torch.cat(rows).to(self.device)  # of an epoch's plan, this rank's
         counts = {size: stop - start for size, (start, stop) in shards.items()}
         self.batch_size, B = counts[sizes[0]], max(counts.values())
-        labels, share = torch.zeros_like(self.rows), torch.zeros(len(self.rows), device=self.device)
-        self.labels = labels, labels.clone(), share  # and the partners', and their share
+        self.labels = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
         # The kernels read pixels in a margin of zeros.
         self.pixels = buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
         self.a = buffer(B, S * S // config["patch_size"] ** 2, T - 1)  # conv2, before its GELU

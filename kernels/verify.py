@@ -4,8 +4,9 @@ import copy
 import sys
 
 import torch
+import torch.nn.functional as F
 
-from augment import augment, epoch_plan, load_images, load_labels, mixed_cross_entropy
+from augment import augment, epoch_plan
 from cli import UsageError, first_line
 from kernels import functions as fn
 from kernels.step import FusedStep
@@ -68,16 +69,15 @@ def train_and_compare(step, dtypes):
     the gradient of every parameter, and of its change.
     """
     trainer, before = step.trainer, copy.deepcopy(step.model)
-    dataset = trainer.dataset
-    N, _, _, S = dataset.train_images.shape
-    plan = epoch_plan(step.recipe, N, S, 0, 0, step.device)
+    images, labels = trainer.dataset.train_images, trainer.dataset.train_labels
+    plan = epoch_plan(step.recipe, len(images), images.shape[-1], 0, 0, step.device)
     step.begin_epoch(plan, *([value] * trainer.steps_per_epoch for value in (LR, MOMENTUM)))
     step.step(0)
     rows = plan.at(slice(step.recipe.batch_size))
-    images = augment(load_images(dataset, rows), rows, step.recipe, trainer.normalize)
+    images = augment(images[rows.indices], rows, step.recipe, trainer.normalize)
     sizes = [p.numel() for p in before.parameters()]
     grads = [g.view_as(p) for g, p in zip(step.grad[:-2].split(sizes), before.parameters())]
-    batch = images, load_labels(dataset, rows)
+    batch = images, labels[rows.indices]
     expected = [reference(before, *batch, step.recipe, grads, dtype) for dtype in dtypes]
     names = [name for name, _ in before.named_parameters()]
     updates = [f"{'muon' if is_muon else 'adamw'}, {n}" for is_muon, n in zip(step.is_muon, names)]
@@ -89,7 +89,7 @@ def train_and_compare(step, dtypes):
 def reference(before, images, labels, recipe, step_grads, dtype):
     """The results of `train_and_compare` as PyTorch computes them in a dtype."""
     model = copy.deepcopy(before).to(dtype)
-    loss = mixed_cross_entropy(model(images.to(dtype)), *labels)
+    loss = F.cross_entropy(model(images.to(dtype)), labels, reduction="sum")
     params = list(model.parameters())
     grads = torch.autograd.grad(loss, params)
     grads = [g / len(images) + recipe.l1 * p.detach().sign() for g, p in zip(grads, params)]

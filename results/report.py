@@ -93,13 +93,11 @@ def accuracy():
         group = [run for run in all_runs if run["command"] == command]
         runs = [jpeg("{recipe}-{precision}-seed{seed}".format(**run)) for run in group]
         last = [column(run, "test_accuracy")[-1] for run in runs]
+        tta = column([run for run in group if run["flip_tta"]], "flip_tta")
         row = {"command": f"`{command}`", "epochs": len(runs[0]), "n": len(runs)}
         row |= {"last epoch": f"**{mean_std(last)}**", "each": ", ".join(f"{x:.2f}" for x in last)}
         row["best epoch"] = mean_std([max(column(run, "test_accuracy")) for run in runs])
-        for tta in ("flip", "shift"):
-            values = [float(run[f"{tta}_tta"]) for run in group if run[f"{tta}_tta"]]
-            row[f"{tta}-TTA"] = mean_std(values) if values else ""
-        row["threads"] = group[0]["threads"]
+        row |= {"flip-TTA": mean_std(tta) if tta else "", "threads": group[0]["threads"]}
         row["seconds a run"] = seconds(runs) if group[0]["idle_machine"] == "yes" else ""
         rows.append({**row, "commit": group[0]["commit"]})
     return table(rows)
