@@ -144,8 +144,7 @@ def main():
     for target in targets:
         found = [{**dict.fromkeys(COLUMNS), **row} for row in rows([target])]
         kept = [row for row in read_csv(path) if row["target"] != target] if path.exists() else []
-        order = lambda row: list(TARGETS).index(row["target"])
-        write_csv(path, sorted(kept + found, key=order))
+        write_csv(path, sorted(kept + found, key=lambda row: TARGETS.index(row["target"])))
         spilled = [f"{r['kernel']} {r['dtype']} {r['spilled_bytes']}" for r in found]
         print(target, ", ".join(line for line in spilled if not line.endswith(" 0")), flush=True)
 

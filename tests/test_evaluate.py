@@ -40,21 +40,22 @@ def test_confusion_matrix_and_report():
     assert classification_report(matrix, names) == REPORT
 
 
-def test_script(small, small_shapes, tmp_path, succeeds, monkeypatch):
+@pytest.mark.parametrize("tta, offsets", [("flip", [1]), ("shift", [0, 1, 2])])
+def test_script(tta, offsets, small, small_shapes, tmp_path, succeeds, monkeypatch):
     path, spy = tmp_path / "run" / "best.pt", Mock(wraps=load_for_checkpoint)
     config = {"data_sha256": small.fingerprint(), "data_dir": "../elsewhere", "recipe": "\x1b[31m"}
     save_small_checkpoint(path, small, **config)
     monkeypatch.chdir(path.parent)
     monkeypatch.setattr(evaluate, "load_for_checkpoint", spy)
-    flags = "--tta", "shift", "--n", 7, "--precision", "fp32"
+    flags = "--tta", tta, "--n", 7, "--precision", "fp32"
     out = succeeds(evaluate, ["--ckpt", path, *flags])
     assert spy.call_args.args[1:3] == (None, "./data")
     assert "recipe \\x1b[31m) on shapes, 100 test images\n" in out
     images, model = Normalize(small.mean, small.std, "cpu")(small.test_images), make_model()
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
-    crops = [torch.from_numpy(padded[..., i : i + 32, i : i + 32]) for i in (0, 1, 2)]
+    crops = [torch.from_numpy(padded[..., i : i + 32, i : i + 32]) for i in offsets]
     logits, views = model(images), [view for crop in crops for view in (crop, crop.flip(3))]
-    for name, values in (("\n", logits), ("shift: ", sum(map(model, views)) / 6)):
+    for name, values in (("\n", logits), (f"{tta}: ", sum(map(model, views)) / len(views))):
         loss = torch.nn.functional.cross_entropy(values, small.test_labels)
         accuracy = (values.argmax(1) == small.test_labels).sum()  # of 100 images
         assert f"{name}accuracy {accuracy}.00 %, cross entropy {loss:.4f} nats\n" in out
