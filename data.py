@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cli import (
-    Parser, RunError, UsageError, add_data_arguments, positive_int, printable, run_script, seed_int,
-    sha256, writable_dir,
+    Parser, RunError, UsageError, add_data_arguments, atomic_write, first_line, positive_int,
+    printable, run_script, seed_int, sha256, writable_dir,
 )  # fmt: skip
 
+import numpy
 import torch
 import torch.nn.functional as F
 
@@ -47,7 +48,8 @@ class Dataset:
     """Images uint8 (N, 3, 32, 32) and labels int64 (N,) on one device; load(spec) gives it again.
 
     mean and std of the training images are on the scale [0, 1], one value a channel. Masks, bool
-    (N, 32, 32), mark the objects of test images; `shapes` alone has them.
+    (N, 32, 32), mark the objects of test images; `shapes` alone has them. Logits of a teacher,
+    float32 (N, K), are those of the training images.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Dataset:
     mean: tuple
     std: tuple
     test_masks: torch.Tensor | None = None
+    teacher_logits: torch.Tensor | None = None
 
     @property
     def num_classes(self):
@@ -125,6 +128,32 @@ def train_val_split(dataset, count):
         train_images=images[train], train_labels=labels[train],
         test_images=images[val], test_labels=labels[val],
     )  # fmt: skip
+
+
+def save_teacher_logits(path, logits, dataset):
+    """Write logits float32 (N, K) of the training images, for `load_teacher_logits`."""
+    images = sha256((dataset.train_images, dataset.train_labels))
+    with atomic_write(path) as temporary:
+        numpy.savez(temporary, logits=logits.cpu().numpy(), images=images)
+
+
+def load_teacher_logits(path, dataset):
+    """The logits that teacher.py wrote for the training images of `dataset`, on their device.
+
+    Raises UsageError for another file, and for one of other images.
+    """
+    try:
+        with numpy.load(path) as arrays:
+            logits, images = torch.from_numpy(arrays["logits"]), str(arrays["images"])
+        fits = logits.shape == (len(dataset.train_labels), dataset.num_classes)
+        fits = fits and logits.dtype == torch.float32 and bool(logits.isfinite().all())
+    except Exception as error:  # numpy and zipfile raise anything for a foreign file
+        reason = f"not a file of teacher.py: {first_line(error)}"
+        raise UsageError(f"--teacher {path}: {reason}") from None
+    if not fits or images != sha256((dataset.train_images, dataset.train_labels)):
+        hint = "give teacher.py the same --data and --val-split"
+        raise UsageError(f"--teacher {path}: not of these training images; {hint}")
+    return logits.to(dataset.train_labels.device)
 
 
 def load_for_checkpoint(ckpt, spec, data_dir, device):

@@ -33,6 +33,7 @@ class Recipe:
     weight_decay: float = 0.0  # of weight matrices; never of biases, norms and embeddings
     l1: float = 0.0  # times the L1 norm of all parameters, added to the loss
     weight_avg_frac: float = 0.0  # of the steps so far, over which evaluated weights are averaged
+    temperature: float = 2.0  # of soft targets, where there is a teacher
     embed_init_std: float = 1.0  # of the CLS token and the position embedding
     avg_pool_init: bool = False  # the stem's projection starts as an average over 2x2 cells
     crop_padding: int = 0  # pixels on each side
@@ -77,6 +78,7 @@ BOUNDS = {  # least and greatest value, or the choices; a number without an entr
     "padding_mode": ("reflect", "wrap"),
     **dict.fromkeys(("epochs", "batch_size"), (1, 2**31)),
     **dict.fromkeys(("max_lr", "div_factor", "final_div_factor"), (1e-30, 1e30)),
+    "temperature": (0.01, 100),
     **dict.fromkeys(("pct_start", "flip_p", "affine_p", "cutout_p", "crop_decay_frac"), (0, 1)),
     **dict.fromkeys(("base_momentum", "max_momentum", "beta2", "weight_avg_frac"), (0, 0.9999)),
     "scale": (0, 0.9999),

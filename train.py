@@ -16,7 +16,7 @@ import contextlib
 from cli import (
     Parser, RunError, UsageError, add_data_arguments, add_device_arguments, atomic_write,
     first_line, positive_float, positive_int, printable, remove_stale_temp_files, run_script,
-    seed_int, writable_dir, writable_file,
+    seed_int, sha256, writable_dir, writable_file,
 )  # fmt: skip
 
 import dataclasses
@@ -54,6 +54,8 @@ def parse_args():
     add_data_arguments(parser)
     help = "evaluate on N training images, which are not trained on, instead of the test images"
     add("--val-split", type=positive_int, metavar="N", help=help)
+    help = "train on the soft targets of teacher.py, not on the labels"
+    add("--teacher", metavar="FILE", help=help)
     add_device_arguments(parser)
     add("--seed", type=seed_int, default=1, help="of weights, order of images and augmentation")
     add("--runs", type=positive_int, default=1, help="number of seeds, counted up from --seed")
@@ -78,6 +80,7 @@ def main():
     writable_file(args.out / "best.pt")
     names = ["recipe", "data", "data_dir", "val_split", "set", "kernels", "max_steps", "save_every"]
     config = {name: getattr(args, name) for name in names} | {
+        "teacher": args.teacher and str(Path(args.teacher).resolve()),
         "settings": dataclasses.asdict(recipe),
         "device": runtime.describe(),
         "precision": runtime.precision,
@@ -87,6 +90,7 @@ def main():
     }
     dataset, data_sha256 = load_dataset(config, runtime)
     config |= {"data": dataset.spec, "data_sha256": data_sha256}
+    config["teacher_sha256"] = sha256(dataset.teacher_logits)
     histories = []
     for seed in range(args.seed, args.seed + args.runs):
         trainer, dist = Trainer(recipe, dataset, runtime, seed), runtime.dist
@@ -114,6 +118,9 @@ def load_dataset(config, runtime):
         dataset = data.load(config["data"], config["data_dir"], runtime.device)
     split, fingerprint = config["val_split"], dataset.fingerprint()
     dataset = data.train_val_split(dataset, split) if split else dataset
+    if teacher := config.get("teacher"):
+        logits = data.load_teacher_logits(teacher, dataset)
+        dataset = dataclasses.replace(dataset, teacher_logits=logits)
     counts = [f"{len(images):,}" for images in (dataset.train_images, dataset.test_images)]
     counts = f"{counts[0]} train, {counts[1]} {'held-out' if split else 'test'}"
     print(f"dataset  {printable(dataset.name)}: {counts}, {dataset.num_classes} classes")
@@ -165,6 +172,8 @@ def resume(path, explicit):
         dataset, data_sha256 = load_dataset(config, runtime)
         if data_sha256 != config["data_sha256"]:
             raise UsageError(f"{last} was trained on other images than {dataset.spec} now has")
+        if sha256(dataset.teacher_logits) != config.get("teacher_sha256", sha256(None)):
+            raise UsageError(f"{last} was trained on another file than {config['teacher']} now is")
         now = {"versions": versions(), "git_commit": git_commit(), "device": runtime.describe()}
         changed = [f"{k} was {config[k]} and is {v}" for k, v in now.items() if config[k] != v]
         run = Run(Trainer(recipe, dataset, runtime, config["seed"]), run_dir, config, ckpt)
@@ -179,7 +188,7 @@ def resume(path, explicit):
 def check_resume_flags(explicit, began, run_dir):
     """Raise UsageError for a flag that differs from what the run began with."""
     for name, value in explicit.items():
-        if (name == "data" and value and os.path.isdir(value)) or (name == "out" and value):
+        if value and (name in ("out", "teacher") or (name == "data" and os.path.isdir(value))):
             value = type(value)(Path(value).resolve())
         if name not in RESUME_FLAGS and value not in (None, "auto", began[name]):
             flag, has = f"--{name.replace('_', '-')} {value}", began[name]

@@ -28,15 +28,19 @@ class Trainer:
     Its state_dict and the weights of `averaged_model`, which is evaluated, resume to the same bits.
     """
 
-    def __init__(self, recipe, dataset, runtime, seed):
+    def __init__(self, recipe, dataset, runtime, seed, model=None):
         self.recipe, self.dataset, self.runtime, self.seed = recipe, dataset, runtime, seed
         count, device = len(dataset.train_images), runtime.device
         if recipe.batch_size > count:
             raise UsageError(f"batch_size {recipe.batch_size} is more than the {count:,} images")
-        self.model = build_model(recipe, dataset.num_classes, seed, device)
+        self.model = model or build_model(recipe, dataset.num_classes, seed, device)
         runtime.dist.broadcast_parameters(self.model.parameters())
         self.averaged_model = copy.deepcopy(self.model) if recipe.weight_avg_frac else self.model
         self.normalize = Normalize(dataset.mean, dataset.std, device)
+        self.targets, self.temperature = dataset.train_labels, 1.0
+        if dataset.teacher_logits is not None:  # distillation, Hinton et al. 2015, arXiv:1503.02531
+            self.temperature = recipe.temperature
+            self.targets = (dataset.teacher_logits / self.temperature).softmax(1)
         self.steps_per_epoch = -(-count // recipe.batch_size)
         self.schedule = recipe.schedule(self.steps_per_epoch)
         self.epoch = self.step_in_epoch = 0
@@ -64,10 +68,8 @@ class Trainer:
 
     def step(self, i):
         """Train on batch i of the plan; adds to `totals`."""
-        if self.fused_step:
-            self.fused_step.step(i)
-        else:
-            self.torch_step(i)
+        train_step = self.fused_step.step if self.fused_step else self.torch_step
+        train_step(i)
         self.step_in_epoch = i + 1
         if self.runtime.device.type == "cpu":
             self.check_finite()
@@ -80,10 +82,10 @@ class Trainer:
         rows = batch.at(slice(*dist.shard(batch_size)))
         images = dataset.train_images.index_select(0, rows.indices)
         images = augment(images, rows, recipe, self.normalize)
-        labels = dataset.train_labels[rows.indices]
+        labels, targets = dataset.train_labels[rows.indices], self.targets[rows.indices]
 
-        logits = self.runtime.logits(self.model, images)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        logits, T = self.runtime.logits(self.model, images), self.temperature
+        loss = T * F.cross_entropy(logits / T, targets, reduction="sum")
         self.model.zero_grad()
         (loss / batch_size).backward()  # unlike autograd.grad, it gives grads the params' strides,
         params = list(self.model.parameters())  # which fused optimizers take for granted

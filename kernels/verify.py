@@ -21,13 +21,13 @@ def checked_step(trainer):
     Raises UsageError instead where the user asks for the kernels, or for fp16, which needs them.
     """
     runtime, classes, step = trainer.runtime, trainer.dataset.num_classes, None
-    if trainer.recipe.optimizer == "sgd":
-        reason = "no kernel makes the update of SGD"
+    is_soft = trainer.targets is not trainer.dataset.train_labels
+    if is_soft or trainer.recipe.optimizer == "sgd":
+        reason = "no kernel " + ("takes soft targets" if is_soft else "makes the update of SGD")
     elif classes > 256:  # the kernel of the head keeps its whole matrix on chip
         reason = f"{classes} classes are more than 256"
     else:
-        step = FusedStep(trainer)
-        # Triton's interpreter has no hardware to test.
+        step = FusedStep(trainer)  # Triton's interpreter has no hardware to test
         reason = self_test(step) if runtime.device.type == "cuda" else None
     if reason is None:
         return step

@@ -11,7 +11,7 @@ from conftest import ROOT
 from results import report
 from schedule import Recipe
 
-SCRIPTS = "bench", "evaluate", "gradcam", "lr_range", "train"  # never imported
+SCRIPTS = "bench", "evaluate", "gradcam", "lr_range", "teacher", "train"  # never imported
 SCRIPTS = *SCRIPTS, "results.report", "results.kernel_resources", "results.kernel_traffic"
 TORCHRUN = {"--nproc-per-node", "--max-restarts", "--rdzv-id"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -60,13 +60,13 @@ def test_sizes_are_within_the_limits():
     lines = {path: text.splitlines() for path, text in SOURCES.items()}
     readme = (ROOT / "README.md").read_text()
     sizes = {
-        "files at the top level": (sum(path.parent == ROOT for path in SOURCES), 15),
+        "files at the top level": (sum(path.parent == ROOT for path in SOURCES), 16),
         "files to read": (len(report.READING_LIST), 5),
         "lines to read": (sum(len(lines[ROOT / name]) for name in report.READING_LIST), 1100),
         "lines of README": (len(readme.splitlines()), 150),
         "words of README": (len(readme.split()), 1500),
     }
-    for folder, limit in zip(FOLDERS, (3720, 1300, 3310, 530)):
+    for folder, limit in zip(FOLDERS, (3880, 1300, 3440, 535)):
         total = sum(len(lines[path]) for path in SOURCES if path.parent == folder)
         sizes[f"lines in {folder.name}/"] = total, limit
     for path, text in SOURCES.items():
