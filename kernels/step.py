@@ -71,6 +71,7 @@ class FusedStep:
         """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
         trainer, dataset, recipe, rows = self.trainer, self.dataset, self.recipe, plan.at(self.rows)
         self.labels.copy_(dataset.train_labels[rows.indices])
+        self.targets.copy_(trainer.targets[rows.indices])
         for i in range(0, len(self.rows), AUGMENT_BATCH):
             part = rows.at(slice(i, i + AUGMENT_BATCH))
             images = augment(dataset.train_images[part.indices], part, recipe, trainer.normalize)
@@ -114,7 +115,8 @@ class FusedStep:
         self.rows = torch.cat(rows).to(self.device)  # of an epoch's plan, this rank's
         counts = {size: stop - start for size, (start, stop) in shards.items()}
         self.batch_size, B = counts[sizes[0]], max(counts.values())
-        self.labels = torch.zeros(len(self.rows), dtype=torch.int64, device=self.device)
+        tables = self.dataset.train_labels, self.trainer.targets
+        self.labels, self.targets = (torch.zeros_like(x[self.rows]) for x in tables)
         # The kernels read pixels in a margin of zeros.
         self.pixels = buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
         self.a = buffer(B, S * S // config["patch_size"] ** 2, T - 1)  # conv2, before its GELU

@@ -21,9 +21,8 @@ def checked_step(trainer):
     Raises UsageError instead where the user asks for the kernels, or for fp16, which needs them.
     """
     runtime, classes, step = trainer.runtime, trainer.dataset.num_classes, None
-    is_soft = trainer.targets is not trainer.dataset.train_labels
-    if is_soft or trainer.recipe.optimizer == "sgd":
-        reason = "no kernel " + ("takes soft targets" if is_soft else "makes the update of SGD")
+    if trainer.recipe.optimizer == "sgd":
+        reason = "no kernel makes the update of SGD"
     elif classes > 256:  # the kernel of the head keeps its whole matrix on chip
         reason = f"{classes} classes are more than 256"
     else:
@@ -69,7 +68,7 @@ def train_and_compare(step, dtypes):
     the gradient of every parameter, and of its change.
     """
     trainer, before = step.trainer, copy.deepcopy(step.model)
-    images, labels = trainer.dataset.train_images, trainer.dataset.train_labels
+    images, T = trainer.dataset.train_images, trainer.temperature
     plan = epoch_plan(step.recipe, len(images), images.shape[-1], 0, 0, step.device)
     step.begin_epoch(plan, *([value] * trainer.steps_per_epoch for value in (LR, MOMENTUM)))
     step.step(0)
@@ -77,7 +76,7 @@ def train_and_compare(step, dtypes):
     images = augment(images[rows.indices], rows, step.recipe, trainer.normalize)
     sizes = [p.numel() for p in before.parameters()]
     grads = [g.view_as(p) for g, p in zip(step.grad[:-2].split(sizes), before.parameters())]
-    batch = images, labels[rows.indices]
+    batch = images, trainer.targets[rows.indices], T
     expected = [reference(before, *batch, step.recipe, grads, dtype) for dtype in dtypes]
     names = [name for name, _ in before.named_parameters()]
     updates = [f"{'muon' if is_muon else 'adamw'}, {n}" for is_muon, n in zip(step.is_muon, names)]
@@ -86,10 +85,11 @@ def train_and_compare(step, dtypes):
     return list(zip(names, results, *expected, strict=True))
 
 
-def reference(before, images, labels, recipe, step_grads, dtype):
+def reference(before, images, targets, T, recipe, step_grads, dtype):
     """The results of `train_and_compare` as PyTorch computes them in a dtype."""
     model = copy.deepcopy(before).to(dtype)
-    loss = F.cross_entropy(model(images.to(dtype)), labels, reduction="sum")
+    targets = targets.to(dtype) if targets.is_floating_point() else targets
+    loss = T * F.cross_entropy(model(images.to(dtype)) / T, targets, reduction="sum")
     params = list(model.parameters())
     grads = torch.autograd.grad(loss, params)
     grads = [g / len(images) + recipe.l1 * p.detach().sign() for g, p in zip(grads, params)]

@@ -36,7 +36,7 @@ def assert_parity(name, actual, exact, pt, dtype):
     assert error <= bound, f"{name}: {error:.1e}, {own:.1e}"
 
 
-def fused_step(recipe, dtype, num_images=3, **overrides):
+def fused_step(recipe, dtype, num_images=3, teacher=False, **overrides):
     """The FusedStep of a Trainer of noise, with batches of 2 and with L1, which most recipes lack.
 
     Gradients of smooth images have small singular values, of which Muon makes rounding errors.
@@ -45,6 +45,8 @@ def fused_step(recipe, dtype, num_images=3, **overrides):
     dataset, generator = data.load_shapes(num_images, 10), torch.Generator().manual_seed(0)
     noise = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator)
     tensors = {"train_images": noise.to(DEVICE), "train_labels": dataset.train_labels.to(DEVICE)}
+    if teacher:
+        tensors["teacher_logits"] = 3 * torch.randn(num_images, 10, generator=generator).to(DEVICE)
     dataset = dataclasses.replace(dataset, **tensors)
     runtime = {"device": DEVICE.type, "precision": functions.DTYPES[dtype], "kernels": "triton"}
     return make_trainer(dataset, recipe, **runtime).fused_step
@@ -52,11 +54,11 @@ def fused_step(recipe, dtype, num_images=3, **overrides):
 
 @pytest.mark.parametrize("recipe, dtype", [*zip(("default", "original", "original"), DTYPES)])
 def test_kernels_at_the_sizes_of_training(recipe, dtype, monkeypatch):
-    """One image a program in fp32, else two, the second of which may be missing."""
+    """One image a program in fp32, else two, the second of which may be missing; soft in bf16."""
     if dtype != torch.float32:
         monkeypatch.setattr(functions, "MAX_PROGRAMS", 1)
     batch_size = 2 if recipe == "default" else 3
-    step = fused_step(recipe, dtype, batch_size=batch_size)
+    step = fused_step(recipe, dtype, teacher=dtype == torch.bfloat16, batch_size=batch_size)
     results = verify.train_and_compare(step, [torch.float64, dtype])
     names = " ".join(name for name, *_ in results)
     assert all(part in names for part in ("the loss", "gradient of cls_token", "adamw, pos"))

@@ -29,7 +29,7 @@ from vit import ViT
 DEVICE = torch.device(DEVICE)
 
 
-def small_trainers(recipe, monkeypatch, num_images=5, **overrides):
+def small_trainers(recipe, monkeypatch, num_images=5, teacher=False, **overrides):
     """Trainers of a small network with kernels, with PyTorch, and with PyTorch in float64."""
 
     def build_model(recipe, num_classes, seed, device):
@@ -49,6 +49,10 @@ def small_trainers(recipe, monkeypatch, num_images=5, **overrides):
         "random", "random", images, labels, images, labels, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3
     )
 
+    if teacher:
+        logits = 3 * torch.randn(num_images, 3, generator=generator)
+        dataset = dataclasses.replace(dataset, teacher_logits=logits.to(DEVICE))
+
     def make(kernels):
         return trainer_module.Trainer(recipe, dataset, Runtime(DEVICE.type, "fp32", kernels), 1)
 
@@ -56,6 +60,7 @@ def small_trainers(recipe, monkeypatch, num_images=5, **overrides):
     for model in (exact.model, exact.averaged_model):
         model.double()
     exact.totals = exact.totals.double()
+    exact.targets = exact.targets.double() if teacher else exact.targets
     exact.runtime.logits = lambda model, images: model(images.double())
     assert isinstance(fused.fused_step, step.FusedStep)
     return fused, plain, exact
@@ -78,9 +83,12 @@ def state(trainer):
 
 @pytest.mark.parametrize("recipe", ["original", "long"])  # long is default and more
 def test_ten_steps(recipe, monkeypatch):
-    """With L1 and a last batch of one image: totals, gradient and weights, 1, 2 and 10 steps on."""
-    frac = 0.5 if recipe == "long" else 0.0
-    trainers = small_trainers(recipe, monkeypatch, weight_avg_frac=frac)
+    """With L1 and a last batch of one image: totals, gradient and weights, 1, 2 and 10 steps on.
+
+    Recipe long also has an average of the weights, and a teacher.
+    """
+    options = {"weight_avg_frac": 0.5, "teacher": True} if recipe == "long" else {}
+    trainers = small_trainers(recipe, monkeypatch, **options)
     fused = trainers[0].fused_step
     buffers = lambda: [*trainers[0].model.parameters(), fused.exp_avg, fused.exp_avg_sq]
     addresses = [t.data_ptr() for t in buffers()]
