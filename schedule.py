@@ -33,7 +33,7 @@ class Recipe:
     weight_decay: float = 0.0  # of weight matrices; never of biases, norms and embeddings
     l1: float = 0.0  # times the L1 norm of all parameters, added to the loss
     weight_avg_frac: float = 0.0  # of the steps so far, over which evaluated weights are averaged
-    temperature: float = 2.0  # of soft targets, where there is a teacher
+    temperature: float = 4.0  # of soft targets, where there is a teacher
     embed_init_std: float = 1.0  # of the CLS token and the position embedding
     avg_pool_init: bool = False  # the stem's projection starts as an average over 2x2 cells
     crop_padding: int = 0  # pixels on each side
