@@ -75,9 +75,12 @@ def test_the_step_on_soft_targets(small):
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_training_learns_what_the_teacher_says(small, small_shapes, taught, succeeds):
+def test_a_training_learns_what_the_teacher_says(
+    small, small_shapes, taught, monkeypatch, succeeds
+):
     args = ["--data", "shapes", "--batch-size", 50, "--epochs", 12, "--set", "crop_padding=0"]
-    succeeds(train, [*args, "--teacher", taught, "--out", taught.parent])
+    monkeypatch.chdir(taught.parent)
+    succeeds(train, [*args, "--teacher", taught.name])
     run_dir = only_run(taught.parent)
     config = json.loads((run_dir / "config.json").read_text())
     logits = data.load_teacher_logits(taught, small)
@@ -127,3 +130,6 @@ def test_other_files_are_refused(small, small_shapes, taught, tmp_path, fails):
         data.save_teacher_logits(other, logits, small)
         assert "not of these training images" in fails(train, [*args, other])
     assert "not of these training images" in fails(train, [*args, taught, "--val-split", 30])
+    reversed_ = dataclasses.replace(small, train_images=small.train_images.flip(0))
+    data.save_teacher_logits(other, torch.zeros(300, 10), reversed_)
+    assert "not of these training images" in fails(train, [*args, other])
