@@ -26,6 +26,7 @@ class Trainer:
     """Model, optimizers and schedule of a run, at a position (epoch, step_in_epoch).
 
     Its state_dict and the weights of `averaged_model`, which is evaluated, resume to the same bits.
+    `model` is for another network. Where the dataset has a teacher's logits, they replace labels.
     """
 
     def __init__(self, recipe, dataset, runtime, seed, model=None):
