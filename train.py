@@ -118,7 +118,7 @@ def load_dataset(config, runtime):
         dataset = data.load(config["data"], config["data_dir"], runtime.device)
     split, fingerprint = config["val_split"], dataset.fingerprint()
     dataset = data.train_val_split(dataset, split) if split else dataset
-    if teacher := config.get("teacher"):
+    if teacher := config["teacher"]:
         logits = data.load_teacher_logits(teacher, dataset)
         dataset = dataclasses.replace(dataset, teacher_logits=logits)
     counts = [f"{len(images):,}" for images in (dataset.train_images, dataset.test_images)]
@@ -172,7 +172,7 @@ def resume(path, explicit):
         dataset, data_sha256 = load_dataset(config, runtime)
         if data_sha256 != config["data_sha256"]:
             raise UsageError(f"{last} was trained on other images than {dataset.spec} now has")
-        if sha256(dataset.teacher_logits) != config.get("teacher_sha256", sha256(None)):
+        if sha256(dataset.teacher_logits) != config["teacher_sha256"]:
             raise UsageError(f"{last} was trained on another file than {config['teacher']} now is")
         now = {"versions": versions(), "git_commit": git_commit(), "device": runtime.describe()}
         changed = [f"{k} was {config[k]} and is {v}" for k, v in now.items() if config[k] != v]
