@@ -68,10 +68,13 @@ def headline():
     name = f"the run to reproduce, {len(log)} epochs, official files"
     rows = [(name, theirs, "", "[log](results/original_log.csv)")]
     timed = {"original": histories("original"), "default": [jpeg("default-bf16-2threads")]}
-    for recipe in ("original", "default", "long"):
+    flags = {name: f"--recipe {name}" for name in ("original", "default", "long")}
+    flags |= {"distilled": "--teacher teacher.npz"}
+    flags |= {"long-distilled": "--recipe long --teacher teacher.npz"}
+    for recipe in flags:
         runs = histories(recipe)
         last = mean_std([column(run, "test_accuracy")[-1] for run in runs])
-        name = f"`python train.py --recipe {recipe}`, {len(runs[0])} epochs, JPEG copy"
+        name = f"`python train.py {flags[recipe]}`, {len(runs[0])} epochs, JPEG copy"
         time = f"{seconds(timed[recipe])} s" if recipe in timed else "not measured"
         rows.append((name, f"**{last} %**", time, f"n = {len(runs)}, [results](docs/results.md)"))
     return table([dict(zip(keys, row)) for row in rows])
@@ -99,7 +102,7 @@ def accuracy():
         row["best epoch"] = mean_std([max(column(run, "test_accuracy")) for run in runs])
         row |= {"flip-TTA": mean_std(tta) if tta else "", "threads": group[0]["threads"]}
         row["seconds a run"] = seconds(runs) if group[0]["idle_machine"] == "yes" else ""
-        rows.append({**row, "commit": group[0]["commit"]})
+        rows.append({**row, **{key: group[0][key] for key in ("commit", "measured")}})
     return table(rows)
 
 
