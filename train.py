@@ -76,6 +76,8 @@ def main():
     overrides = [f"{n}={getattr(args, n)}" for n in OVERRIDES if getattr(args, n)]
     recipe = with_overrides(RECIPES[args.recipe], [*(args.set or []), *overrides])
     runtime = Runtime(args.device, args.precision, args.kernels, distributed=True)
+    if args.teacher and not Path(args.teacher).is_file():
+        raise UsageError(f"--teacher {args.teacher}: no such file; `python teacher.py` writes one")
     writable_dir(args.out / "runs")
     writable_file(args.out / "best.pt")
     names = ["recipe", "data", "data_dir", "val_split", "set", "kernels", "max_steps", "save_every"]

@@ -119,8 +119,9 @@ def test_other_files_are_refused(small, small_shapes, taught, tmp_path, fails):
     args = ["--data", "shapes", "--out", tmp_path, "--teacher"]
     text, other = tmp_path / "text.npz", tmp_path / "other.npz"
     text.write_text("text")
-    for path in (text, tmp_path / "missing.npz", tmp_path):
-        assert f"--teacher {path}: not a file of teacher.py" in fails(train, [*args, path])
+    assert f"--teacher {text}: not a file of teacher.py" in fails(train, [*args, text])
+    for path in (tmp_path / "missing.npz", tmp_path):
+        assert f"--teacher {path}: no such file" in fails(train, [*args, path])
     numpy.savez(other, numbers=numpy.zeros(3))
     assert "not a file of teacher.py" in fails(train, [*args, other])
     numpy.save(other.with_suffix(".npy"), numpy.zeros(3))
