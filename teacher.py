@@ -101,7 +101,9 @@ def main():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model = CNN(dataset.num_classes).to(runtime.device)
-    trainer = Trainer(replace(TEACHER, epochs=args.epochs), dataset, runtime, args.seed, model)
+    batch_size = min(TEACHER.batch_size, len(dataset.train_images))
+    recipe = replace(TEACHER, epochs=args.epochs, batch_size=batch_size)
+    trainer = Trainer(recipe, dataset, runtime, args.seed, model)
     train(trainer)
     model.eval()
     for images, labels, name in (

@@ -32,12 +32,12 @@ def test_the_table_is_of_the_trained_network(small, small_shapes, monkeypatch, t
     monkeypatch.setattr(
         teacher, "train", lambda trainer: trainers.append(trainer) or original(trainer)
     )
-    args = ["--data", "shapes", "--val-split", 30, "--epochs", 1, "--out"]
+    args = ["--data", "shapes", "--val-split", 60, "--epochs", 1, "--out"]
     for i, out in enumerate((tmp_path / "a", tmp_path / "b")):
         torch.manual_seed(i)  # no matter
         stdout = succeeds(teacher, [*args, out])
-        assert "270 train, 30 evaluated" in stdout and f"saved {out / 'teacher.npz'}" in stdout
-    split = data.train_val_split(small, 30)
+        assert "240 train, 60 evaluated" in stdout and f"saved {out / 'teacher.npz'}" in stdout
+    split = data.train_val_split(small, 60)
     a, b = (data.load_teacher_logits(tmp_path / x / "teacher.npz", split) for x in "ab")
     assert torch.equal(a, b)
     trainer = trainers[1]
