@@ -20,7 +20,7 @@ from augment import Normalize
 from data import class_balanced_indices, load_for_checkpoint
 from runtime import Runtime
 from sources import IMAGE_SIZE, load_image
-from trainer import load_checkpoint, loss_and_accuracy, predict
+from trainer import load_checkpoint, loss_and_accuracy
 
 
 def confusion_matrix(labels, predictions, num_classes):
@@ -76,7 +76,7 @@ def classify(ckpt, images, device="auto"):
         shape = tuple(images.shape)
         raise ValueError(f"images are {images.dtype} {shape}, not uint8 (N, 3, 32, 32)")
     normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)
-    logits = predict(runtime, model, normalize, images.to(runtime.device))
+    logits = runtime.predict(model, normalize, images.to(runtime.device))
     return ckpt["class_names"], logits.softmax(1)
 
 
@@ -106,11 +106,11 @@ def main():
     title = printable(f"{title} on {dataset.name}")
     print(f"{title}, {len(labels):,} test images", flush=True)
     normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)
-    logits = predict(runtime, model, normalize, images)
+    logits = runtime.predict(model, normalize, images)
     accuracy = "accuracy {1:.2f} %, cross entropy {0:.4f} nats".format
     print("\n" + accuracy(*loss_and_accuracy(logits, labels)))
     if args.tta != "none":
-        averaged = predict(runtime, model, normalize, images, args.tta)
+        averaged = runtime.predict(model, normalize, images, args.tta)
         print(f"with --tta {args.tta}: {accuracy(*loss_and_accuracy(averaged, labels))}")
     confidence, predictions = logits.softmax(1).max(1)
     matrix = confusion_matrix(labels, predictions, len(names)).cpu()

@@ -28,7 +28,7 @@ from data import class_balanced_indices, load_for_checkpoint
 from faithfulness import blur, normalize_map
 from runtime import Runtime
 from sources import IMAGE_SIZE, load_image
-from trainer import load_checkpoint, predict
+from trainer import load_checkpoint
 
 IMAGE = "image"  # the layer name of what the network is given
 LAYER = "stem.gelu2"  # the last with rows and columns
@@ -255,7 +255,7 @@ def run_metrics(args, ckpt, model, runtime, normalize):
 def select_test_images(args, ckpt, model, runtime, normalize):
     """Images in random order, one of each actual class in turn: title, images, labels, logits."""
     dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
-    logits, labels = predict(runtime, model, normalize, dataset.test_images), dataset.test_labels
+    logits, labels = runtime.predict(model, normalize, dataset.test_images), dataset.test_labels
     kind = f"{'correctly classified' if args.correct else 'misclassified'} test images"
     mask = (logits.argmax(1) == labels) == args.correct
     if args.class_name is not None:
@@ -275,7 +275,7 @@ def run_overlays(args, ckpt, model, runtime, normalize):
     if args.image:
         title, titles = "images", [printable(path.name) for path in args.image]
         images = torch.stack([load_image(path) for path in args.image]).to(runtime.device)
-        logits = predict(runtime, model, normalize, images)
+        logits = runtime.predict(model, normalize, images)
         targets, target_names = logits.topk(min(3, len(names))).indices, ["1st", "2nd", "3rd"]
     else:
         title, images, labels, logits = select_test_images(args, ckpt, model, runtime, normalize)

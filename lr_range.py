@@ -26,7 +26,7 @@ import data
 import plots
 from runtime import Runtime
 from schedule import RECIPES, with_overrides
-from trainer import Trainer, loss_and_accuracy, predict
+from trainer import Trainer, loss_and_accuracy
 
 SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten lrs
 HELD_OUT = 5000  # training images, or a tenth of fewer
@@ -275,7 +275,7 @@ class Search:
         try:
             for _ in range(epochs):
                 trainer.train_epoch(trainer.steps_per_epoch, after_step)
-            logits = predict(self.runtime, trainer.averaged_model, trainer.normalize, images)
+            logits = self.runtime.predict(trainer.averaged_model, trainer.normalize, images)
             loss, accuracy = loss_and_accuracy(logits, self.dataset.test_labels)
         except RunError as error:
             text = str(error)

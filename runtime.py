@@ -19,8 +19,10 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from cli import RunError, UsageError, first_line
+from augment import tta_views
+from cli import ProgressBar, RunError, UsageError, first_line
 
+EVAL_BATCH_SIZE = 1000  # fixed, as the last bits of a logit may depend on the batch in bf16
 TIMEOUT = datetime.timedelta(seconds=25)  # a dead rank is noticed at once, a hung one now
 
 
@@ -178,6 +180,22 @@ class Runtime:
         weights = {name: p.to(self.dtype) for name, p in model.named_parameters()}
         args = images.to(self.dtype), self.stem_as_matmul
         return torch.func.functional_call(model, weights, args).float()
+
+    @torch.no_grad()
+    def predict(self, model, normalize, images, tta="none"):
+        """float32 logits (N, K) of uint8 images (N, 3, S, S), averaged over their tta_views."""
+        parts, rank, world_size = [], self.dist.rank, self.dist.world_size
+        progress = ProgressBar("evaluating", len(images))
+        for i, batch in enumerate(images.split(EVAL_BATCH_SIZE)):
+            if i % world_size == rank:
+                views = tta_views(normalize(batch), tta)
+                parts.append(sum(self.logits(model, view) for view in views) / len(views))
+            else:  # another rank's batch
+                num_classes = model.config["num_classes"]
+                parts.append(torch.zeros(len(batch), num_classes, device=batch.device))
+            progress.update(min((i + 1) * EVAL_BATCH_SIZE, len(images)))
+        progress.clear()
+        return self.dist.all_reduce_sum(torch.cat(parts))
 
     def describe(self):
         """Device, precision, implementation and ranks, as a line."""

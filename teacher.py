@@ -22,7 +22,7 @@ from torch import nn
 import data
 from runtime import Runtime, tune_malloc
 from schedule import Recipe
-from trainer import Trainer, loss_and_accuracy, predict
+from trainer import Trainer, loss_and_accuracy
 
 TEACHER = Recipe(
     epochs=14, batch_size=256, max_lr=0.015, pct_start=0.2, optimizer="muon", adamw_lr_scale=0.3,
@@ -110,7 +110,7 @@ def main():
         (dataset.test_images, dataset.test_labels, "images that it has not seen"),
         (dataset.train_images, dataset.train_labels, "training images"),
     ):
-        logits = predict(runtime, model, trainer.normalize, images, tta="flip")
+        logits = runtime.predict(model, trainer.normalize, images, tta="flip")
         loss, accuracy = loss_and_accuracy(logits, labels)
         print(f"{name}: accuracy {accuracy:.2f} %, cross entropy {loss:.4f} nats", flush=True)
     data.save_teacher_logits(path, logits, dataset)

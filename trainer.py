@@ -10,7 +10,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from augment import Normalize, augment, epoch_plan, tta_views
+from augment import Normalize, augment, epoch_plan
 from cli import (
     Interrupted, ProgressBar, RunError, SignalHandler, UsageError, atomic_write, first_line, sha256,
     write_csv,
@@ -18,7 +18,6 @@ from cli import (
 from schedule import build_optimizers, set_lr_momentum
 from vit import ViT, build_model
 
-EVAL_BATCH_SIZE = 1000  # fixed, as the last bits of a logit may depend on the batch in bf16
 ROW = "{:>5} {:>10} {:>8} {:>10} {:>9} {:>9} {:>8} {:>7}"
 
 
@@ -159,22 +158,6 @@ class Trainer:
             optimizer.load_state_dict(saved)
 
 
-@torch.no_grad()
-def predict(runtime, model, normalize, images, tta="none"):
-    """float32 logits (N, K) of uint8 images (N, 3, S, S), averaged over their tta_views."""
-    parts, dist = [], runtime.dist
-    progress = ProgressBar("evaluating", len(images))
-    for i, batch in enumerate(images.split(EVAL_BATCH_SIZE)):
-        if i % dist.world_size == dist.rank:
-            views = tta_views(normalize(batch), tta)
-            parts.append(sum(runtime.logits(model, view) for view in views) / len(views))
-        else:  # another rank's batch
-            parts.append(torch.zeros(len(batch), model.config["num_classes"], device=batch.device))
-        progress.update(min((i + 1) * EVAL_BATCH_SIZE, len(images)))
-    progress.clear()
-    return dist.all_reduce_sum(torch.cat(parts))
-
-
 def loss_and_accuracy(logits, labels):
     """Mean cross entropy, and accuracy in percent, of logits (N, num_classes)."""
     accuracy = 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
@@ -307,8 +290,8 @@ class Run:
         try:
             train_loss, train_accuracy = trainer.train_epoch(num_steps, after_step)
             progress.clear()
-            args = trainer.normalize, trainer.dataset.test_images
-            logits = predict(trainer.runtime, trainer.averaged_model, *args)
+            args = trainer.averaged_model, trainer.normalize, trainer.dataset.test_images
+            logits = trainer.runtime.predict(*args)
         except RunError as error:
             if signals.signum and not self.is_main_process:
                 raise Interrupted(signals.signum, "rank 0 says how to resume") from None

@@ -12,7 +12,7 @@ from cli import read_csv
 from data import train_val_split
 from lr_range import fit_minimum, lr_grid, range_test, recommend, suggest
 from schedule import RECIPES
-from trainer import loss_and_accuracy, predict
+from trainer import loss_and_accuracy
 
 GRID = [k / 200 for k in range(200)]
 EXP_GRID = lr_grid(1e-4, 1, 200, "exp")
@@ -223,7 +223,7 @@ def test_files_short_runs_and_the_command_to_copy(script, tmp_path, small):
     trainer = make_trainer(dataset, recipe)
     for _ in range(2):
         trainer.train_epoch(trainer.steps_per_epoch)
-    logits = predict(trainer.runtime, trainer.model, trainer.normalize, dataset.test_images)
+    logits = trainer.runtime.predict(trainer.model, trainer.normalize, dataset.test_images)
     expected = recipe.max_lr, 2, *loss_and_accuracy(logits, dataset.test_labels)
     assert tuple(runs[-1].values()) == expected
 

@@ -18,8 +18,8 @@ from conftest import PROCESSES, RUN_FILES, only_run, tampered, write_images
 import data
 import evaluate
 import train
-import trainer as trainer_module
 from cli import read_csv, run_script, sha256
+from runtime import Runtime
 from schedule import RECIPES
 from trainer import Run, Trainer, load_checkpoint
 
@@ -60,7 +60,7 @@ def test_a_run_killed_at_any_step_evaluation_or_write_resumes_to_the_same_bits(
 
         return wrapper
 
-    for module, name in ((os, "replace"), (trainer_module, "predict"), (Trainer, "step")):
+    for module, name in ((os, "replace"), (Runtime, "predict"), (Trainer, "step")):
         monkeypatch.setattr(module, name, breakable(getattr(module, name)))
     succeeds(train, [*ARGS, "--out", tmp_path / "unbroken"])
     expected, count = result_of(only_run(tmp_path / "unbroken")), points

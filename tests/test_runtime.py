@@ -20,7 +20,7 @@ import train
 from cli import read_csv, sha256
 from runtime import Distributed, Runtime, tune_malloc
 from schedule import RECIPES
-from trainer import Trainer, build_model, load_checkpoint, predict
+from trainer import Trainer, build_model, load_checkpoint
 
 
 def train_steps(distributed):
@@ -37,7 +37,7 @@ def train_steps(distributed):
         trainer = Trainer(recipe, dataset, runtime, 1)
     for _ in range(4):
         trainer.train_epoch(5, lambda: losses.append(trainer.totals[0].item()))
-    logits = predict(runtime, trainer.model, trainer.normalize, dataset.test_images)
+    logits = runtime.predict(trainer.model, trainer.normalize, dataset.test_images)
     return {"losses": losses, "logits": logits, "weights": trainer.model.state_dict()}
 
 
@@ -85,13 +85,13 @@ def test_uneven_shards_sum_to_the_whole_batch(small, count, world_size):
 
 
 def test_ranks_evaluate_disjoint_batches_of_the_test_set(small, monkeypatch):
-    monkeypatch.setattr("trainer.EVAL_BATCH_SIZE", 30)
+    monkeypatch.setattr("runtime.EVAL_BATCH_SIZE", 30)
     trainer = make_trainer(small, RECIPES["default"])
-    args = trainer.runtime, trainer.model, trainer.normalize, small.test_images
-    alone, parts = predict(*args), []
+    args = trainer.model, trainer.normalize, small.test_images
+    alone, parts = trainer.runtime.predict(*args), []
     for rank in range(3):
         trainer.runtime.dist = FakeRank(rank, 3)
-        parts.append(predict(*args))
+        parts.append(trainer.runtime.predict(*args))
     assert torch.equal(sum(parts), alone)
     assert all(sum(int(part[i].any()) for part in parts) == 1 for i in range(len(alone)))
 

@@ -15,7 +15,7 @@ import teacher
 import train
 from cli import read_csv, sha256
 from schedule import RECIPES
-from trainer import Trainer, load_checkpoint, predict
+from trainer import Trainer, load_checkpoint
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_the_table_is_of_the_trained_network(small, small_shapes, monkeypatch, t
     trainer = trainers[1]
     assert not trainer.model.training
     views = split.train_images, split.train_images.flip(3)
-    args = trainer.runtime, trainer.model, trainer.normalize
-    upright, mirrored = (predict(*args, images) for images in views)
+    args = trainer.model, trainer.normalize
+    upright, mirrored = (trainer.runtime.predict(*args, images) for images in views)
     assert torch.equal(a, (upright + mirrored) / 2) and not torch.equal(a, upright)
 
 
@@ -88,9 +88,9 @@ def test_a_training_learns_what_the_teacher_says(
     logits = data.load_teacher_logits(taught, small)
     assert (config["teacher"], config["teacher_sha256"]) == (str(taught), sha256(logits))
     assert float(read_csv(run_dir / "history.csv")[-1]["train_accuracy"]) < 10
-    model, _ = load_checkpoint(run_dir / "best.pt", "cpu")
+    model, _ = load_checkpoint(run_dir / "last.pt", "cpu")
     trainer = make_trainer(small, RECIPES["default"])
-    found = predict(trainer.runtime, model, trainer.normalize, small.train_images).argmax(1)
+    found = trainer.runtime.predict(model, trainer.normalize, small.train_images).argmax(1)
     assert (found == logits.argmax(1)).float().mean() > 0.5
 
 
