@@ -171,15 +171,15 @@ class Runtime:
             print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
         return not reason
 
-    def logits(self, model, images):
-        """float32 logits (B, num_classes) of normalized float32 images (B, 3, S, S).
+    def logits(self, model, images, **options):
+        """float32 logits of normalized float32 images (B, 3, S, S); options are ViT.forward's.
 
         Weights stay float32; they are cast to the working dtype on the way in, gradients on the way
         back.
         """
         weights = {name: p.to(self.dtype) for name, p in model.named_parameters()}
         args = images.to(self.dtype), self.stem_as_matmul
-        return torch.func.functional_call(model, weights, args).float()
+        return torch.func.functional_call(model, weights, args, options).float()
 
     @torch.no_grad()
     def predict(self, model, normalize, images, tta="none"):

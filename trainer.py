@@ -44,6 +44,7 @@ class Trainer:
         self.steps_per_epoch = -(-count // recipe.batch_size)
         self.schedule = recipe.schedule(self.steps_per_epoch)
         self.epoch = self.step_in_epoch = 0
+        self.aux_weight = recipe.aux_weight_of(0)
         self.totals = torch.zeros(2, device=device)  # of the epoch: loss sum, correct predictions
         # Steps of the epoch with a finite loss, and with a finite gradient norm of each parameter.
         # A gradient whose square overflows would stay in AdamW's averages for ever.
@@ -62,6 +63,7 @@ class Trainer:
         N, _, _, S = self.dataset.train_images.shape
         self.plan = epoch_plan(self.recipe, N, S, self.seed, epoch, self.runtime.device)
         self.epoch, self.step_in_epoch, self.lrs, self.momenta = epoch, first_step, lrs, momenta
+        self.aux_weight = self.recipe.aux_weight_of(epoch)
         self.finite_counts.fill_(first_step)
         if self.fused_step:
             self.fused_step.begin_epoch(self.plan, lrs, momenta)
@@ -84,10 +86,11 @@ class Trainer:
         images = augment(images, rows, recipe, self.normalize)
         labels, targets = dataset.train_labels[rows.indices], self.targets[rows.indices]
 
-        logits, T = self.runtime.logits(self.model, images), self.temperature
-        loss = T * F.cross_entropy(logits / T, targets, reduction="sum")
+        options = {"mean_token": True} if self.aux_weight else {}
+        logits = self.runtime.logits(self.model, images, **options)
+        logits, loss, total = self.losses(logits, targets)
         self.model.zero_grad()
-        (loss / batch_size).backward()  # unlike autograd.grad, it gives grads the params' strides,
+        (total / batch_size).backward()  # unlike autograd.grad, it gives grads the params' strides,
         params = list(self.model.parameters())  # which fused optimizers take for granted
         grads = [p.grad for p in params]
         with torch.no_grad():
@@ -104,6 +107,15 @@ class Trainer:
                 steps = self.epoch * self.steps_per_epoch + i + 1
                 weight = min(1.0, 1 / (recipe.weight_avg_frac * steps))
                 torch._foreach_lerp_(list(self.averaged_model.parameters()), params, weight)
+
+    def losses(self, logits, targets):
+        """(the CLS token's logits, their loss, what to minimize) of logits (B, K) or (B, 2, K).
+
+        Losses are sums over images.
+        """
+        T, logits = self.temperature, logits.flatten(1).split(self.dataset.num_classes, dim=1)
+        losses = [T * F.cross_entropy(x / T, targets, reduction="sum") for x in logits]
+        return logits[0], losses[0], sum(w * x for w, x in zip((1.0, self.aux_weight), losses))
 
     def train_epoch(self, num_steps, after_step=lambda: None):
         """Train from the present position to step `num_steps` of the epoch.

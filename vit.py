@@ -89,9 +89,9 @@ class Attention(nn.Module):
     With cls_only the CLS token alone is computed, (B, T, C) -> (B, 1, C).
     """
 
-    def __init__(self, dim, heads, dim_head, cls_only=False):
+    def __init__(self, dim, heads, dim_head):
         super().__init__()
-        self.heads, self.inner_dim, self.cls_only = heads, heads * dim_head, cls_only
+        self.heads, self.inner_dim = heads, heads * dim_head
         self.norm = nn.LayerNorm(dim)
         self.qkv = Conv1x1(dim, 3 * self.inner_dim, bias=False)  # q, k, v, each (H, D)
         self.attend = ScaledDotProductAttention()
@@ -104,9 +104,9 @@ class Attention(nn.Module):
         x = x.view(B, T, n, H, D).permute(2, 0, 3, 1, 4)  # (n, B, H, T, D)
         return x.reshape(n, B * H, T, D).unbind(0)
 
-    def forward(self, x):
+    def forward(self, x, cls_only=False):
         y = self.norm(x)
-        if self.cls_only:
+        if cls_only:
             x = x[:, :1]
             (q,) = self.split_heads(self.qkv(y[:, :1], rows=slice(self.inner_dim)))
             k, v = self.split_heads(self.qkv(y, rows=slice(self.inner_dim, None)))
@@ -135,13 +135,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A transformer block, (B, T, C) -> (B, T, C), or (B, 1, C) with cls_only."""
 
-    def __init__(self, dim, heads, dim_head, mlp_dim, cls_only=False):
+    def __init__(self, dim, heads, dim_head, mlp_dim):
         super().__init__()
-        self.attention = Attention(dim, heads, dim_head, cls_only)
+        self.attention = Attention(dim, heads, dim_head)
         self.mlp = MLP(dim, mlp_dim)
 
-    def forward(self, x):
-        return self.mlp(self.attention(x))
+    def forward(self, x, cls_only=False):
+        return self.mlp(self.attention(x, cls_only))
 
 
 class ViT(nn.Module):
@@ -165,22 +165,27 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_embedding = nn.Parameter(torch.randn(1, channels + 1, dim))
         self.stem = Stem(image_size, patch_size, in_channels, channels, dim)
-        last = depth - 1
-        blocks = [Block(dim, heads, dim_head, mlp_dim, cls_only=i == last) for i in range(depth)]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.ModuleList(Block(dim, heads, dim_head, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.head = Conv1x1(dim, num_classes)
 
-    def forward(self, images, stem_as_matmul=False):
-        """Raises ValueError for images of another shape."""
+    def forward(self, images, stem_as_matmul=False, mean_token=False):
+        """With `mean_token`, logits (B, 2, num_classes): the head's of the CLS token, and of the
+        mean of all others. Raises ValueError for images of another shape.
+        """
         c, S = self.config["in_channels"], self.config["image_size"]
         if images.dim() != 4 or images.shape[1:] != (c, S, S):
             raise ValueError(f"images are {tuple(images.shape)}, not (B, {c}, {S}, {S})")
         tokens = self.stem(images, stem_as_matmul)  # (B, 3, 32, 32) -> (B, 32, 64)
         cls_token = self.cls_token.expand(images.shape[0], -1, -1)  # (1, 1, 64) -> (B, 1, 64)
         x = torch.cat([cls_token, tokens], dim=1) + self.pos_embedding  # (B, 33, 64)
-        x = self.blocks(x)[:, 0]  # (B, 33, 64) -> (B, 1, 64) -> (B, 64)
-        return self.head(self.norm(x))  # (B, 64) -> (B, num_classes)
+        *blocks, last_block = self.blocks
+        for block in blocks:
+            x = block(x)
+        x = self.norm(last_block(x, cls_only=not mean_token))  # (B, 33, 64) -> (B, 1 or 33, 64)
+        if mean_token:
+            return self.head(torch.stack([x[:, 0], x[:, 1:].mean(1)], dim=1))  # (B, 2, 64)
+        return self.head(x[:, 0])  # (B, 64) -> (B, num_classes)
 
 
 @torch.no_grad()

@@ -146,18 +146,18 @@ def constants(stem, target):
     return sizes | target.options
 
 
-def forward(state, num_images):
-    """Write state.a and state.x[0], the embedding of state.pixels, which a margin of zeros pads."""
+def forward(state, x, num_images):
+    """Write state.a and x, the embedding of state.pixels, which a margin of zeros pads."""
     model = state.model
     weights = *model.stem.parameters(), model.cls_token, model.pos_embedding
-    args = state.pixels, state.counter, *weights, state.a, state.x[0], state.batch_size
+    args = state.pixels, state.counter, *weights, state.a, x, state.batch_size
     launch(forward_kernel, num_images, *args, TILE=TILE, **constants(model.stem, state.target))
 
 
-def backward(state, num_images):
-    """Write partial gradients of conv1 and of the other parameters, given state.dx[0]."""
+def backward(state, dx, num_images):
+    """Write partial gradients of conv1 and of the other parameters, given dx."""
     weight1, bias1, weight2, _, proj, _ = state.model.stem.parameters()
-    args = state.pixels, state.counter, weight1, bias1, weight2, proj, state.a, state.dx[0]
+    args = state.pixels, state.counter, weight1, bias1, weight2, proj, state.a, dx
     args = *args, state.partials["conv1"], state.partials["stem"], state.batch_size, num_images
     sizes, (groups, count) = constants(state.model.stem, state.target), split(num_images)
     launch(backward_kernel, sizes["P"] ** 2 * groups, *args, count, TILE=BACKWARD_TILE, **sizes)

@@ -39,28 +39,34 @@ class FusedStep:
         self.grad = torch.zeros(len(self.param) + 2, device=device)  # and sum of losses, correct
         self.counter, self.next_step = torch.zeros(1, dtype=torch.int32, device=device), None
         self.hparams = torch.zeros(trainer.steps_per_epoch, 6, device=device)
+        self.aux_weight = torch.zeros(1, device=device)
         self.coefficients = torch.tensor(COEFFICIENTS, device=device)
         self.allocate(self.recipe.batch_size, len(self.dataset.train_images))
         self.assign_optimizers()
         self.run = GraphedFunction(self.launch, device)
 
-    def launch(self, size):
-        """Launch all kernels of a step on this rank's images of a batch of `size`."""
-        num_images, tiles = self.batches[size]
-        partials, recipe, args = self.partials, self.recipe, (num_images, self.target)
-        x, z, dx, dz, blocks = self.x, self.z, self.dx, self.dz, list(enumerate(self.model.blocks))
+    def launch(self, key):
+        """Launch all kernels of a step on this rank's images of a batch.
 
-        stem.forward(self, num_images)
+        `key` is the size of the batch, and whether there is a second loss: then the last block
+        computes all tokens.
+        """
+        size, aux = key
+        num_images, tiles = self.batches[key]
+        partials, recipe, args = self.partials, self.recipe, (num_images, self.target)
+        (x, z, dx, dz), blocks = self.activations[aux], list(enumerate(self.model.blocks))
+
+        stem.forward(self, x[0], num_images)
         for i, block in blocks:
             weights = list(block.attention.parameters()), block.attention.heads
             attention.forward(x[i], *weights, z[i], *args)
             mlp.forward(block.mlp, z[i], x[i + 1], *args)
-        head.forward_backward(self, num_images)
+        head.forward_backward(self, x[-1], dx[-1], num_images)
         for i, block in reversed(blocks):
             mlp.backward(block.mlp, z[i], dx[i + 1], dz[i], partials["mlp", i], *args)
             weights = list(block.attention.parameters()), block.attention.heads
             attention.backward(x[i], *weights, dz[i], dx[i], partials["attention", i], *args)
-        stem.backward(self, num_images)
+        stem.backward(self, dx[0], num_images)
         update.reduce(self, tiles, 1 / size, recipe.l1 * (self.dist.rank == 0))
         self.dist.all_reduce_sum(self.grad)
         if recipe.optimizer == "muon":
@@ -84,6 +90,7 @@ class FusedStep:
         weight = (self.average is not self.param) / window
         columns = lr, momentum, lr * recipe.adamw_lr_scale, *corrections, weight
         self.hparams[: len(lrs)].copy_(torch.stack(columns, 1))
+        self.aux_weight.fill_(trainer.aux_weight)
         self.next_step = None
 
     def step(self, i):
@@ -91,7 +98,8 @@ class FusedStep:
         if i != self.next_step:
             self.counter.fill_(i)
         size = self.recipe.batch_size
-        self.run(min(size, len(self.dataset.train_images) - i * size))
+        size = min(size, len(self.dataset.train_images) - i * size)
+        self.run((size, self.trainer.aux_weight > 0))
         self.next_step = i + 1
 
     def state_dict(self):
@@ -107,7 +115,6 @@ class FusedStep:
         """Buffers for batches of `full` of N images, and the last one, which may be smaller."""
         config = self.model.config
         S, T, C = config["image_size"], config["channels"] + 1, config["dim"]
-        tokens = [T] * (config["depth"] - 1) + [1]  # in the last block of the CLS token alone
         buffer = lambda *shape: torch.zeros(shape, dtype=self.target.storage, device=self.device)
         sizes = [min(full, N - first) for first in range(0, N, full)]
         shards = {size: self.dist.shard(size) for size in {*sizes}}
@@ -120,32 +127,39 @@ class FusedStep:
         # The kernels read pixels in a margin of zeros.
         self.pixels = buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
         self.a = buffer(B, S * S // config["patch_size"] ** 2, T - 1)  # conv2, before its GELU
-        self.z, self.dz = ([buffer(B, t, C) for t in tokens] for _ in range(2))
-        self.x = [buffer(B, t, C) for t in (T, *tokens)]
-        shapes = self.partial_shapes(B)
+        shapes = self.partial_shapes(B, self.recipe.aux_weight > 0)
         numels = [rows * columns for rows, columns in shapes.values()]
         pieces = torch.zeros(sum(numels), device=self.device).split(numels)
         self.partials = {k: piece.view(shapes[k]) for k, piece in zip(shapes, pieces)}
+        x, z, dx, dz = ([buffer(B, T, C) for _ in self.model.blocks] for _ in range(4))
         # The gradient of the first block's input is fp32: it is a partial one of pos_embedding.
-        self.dx = [self.partials["embedding"].view(B, T, C), *(buffer(B, t, C) for t in tokens)]
-        self.batches = {size: (count, self.reduce_tiles(count)) for size, count in counts.items()}
+        x, dx = [buffer(B, T, C), *x], [self.partials["embedding"].view(B, T, C), *dx]
+        cls_only = lambda tensors: [*tensors[:-1], tensors[-1].flatten(0, 1)[:B, None]]  # (B, 1, C)
+        self.activations = {True: (x, z, dx, dz), False: tuple(map(cls_only, (x, z, dx, dz)))}
+        modes = {False, self.recipe.aux_weight > 0}
+        self.batches = {
+            (size, aux): (count, self.reduce_tiles(count, aux))
+            for size, count in counts.items() for aux in modes
+        }  # fmt: skip
 
-    def partial_shapes(self, B):
+    def partial_shapes(self, B, aux):
         """Rows and columns of the partial gradients of B images, in the order of parameters."""
         model, (programs, _) = self.model, split(B)
+        tokens = model.pos_embedding.shape[1]
         numel = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
         shapes = {"embedding": (B, model.pos_embedding.numel())}
         shapes["conv1"] = programs * model.config["patch_size"] ** 2, numel(model.stem.conv1)
         shapes["stem"] = programs, numel(model.stem.conv2, model.stem.proj)
         for i, block in enumerate(model.blocks):
             shapes["attention", i] = programs, numel(block.attention)
-            shapes["mlp", i] = mlp.num_programs(B * self.z[i].shape[1]), numel(block.mlp)
-        shapes["head"] = head.num_programs(B), numel(model.norm, model.head) + 2
+            rows = B * tokens if aux or i < len(model.blocks) - 1 else B
+            shapes["mlp", i] = mlp.num_programs(rows), numel(block.mlp)
+        shapes["head"] = programs, numel(model.norm, model.head) + 2
         return shapes
 
-    def reduce_tiles(self, count):
+    def reduce_tiles(self, count, aux):
         """The table of update.reduce for `count` images."""
-        shapes, C = self.partial_shapes(count), self.model.config["dim"]
+        shapes, C = self.partial_shapes(count, aux), self.model.config["dim"]
         segments, end = [(0, *shapes["embedding"], C, 0)], C  # CLS token: row 0 of positions
         for name, (rows, columns) in shapes.items():
             segments.append((self.partials[name].storage_offset(), rows, columns, columns, end))

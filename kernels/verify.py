@@ -4,7 +4,6 @@ import copy
 import sys
 
 import torch
-import torch.nn.functional as F
 
 from augment import augment, epoch_plan
 from cli import UsageError, first_line
@@ -40,15 +39,26 @@ def checked_step(trainer):
 def self_test(step):
     """None, or a line that says which result is wrong on this device, or which kernel fails.
 
-    Makes the first step of the training, which it then takes back, and holds it to float64. An
-    error of 1e-4 (fp32) or 5e-2 of a result's norm tells a wrong kernel, or a TF32 product, from
+    Makes the first step of the training, with and without a second loss, and takes it back.
+    """
+    print("kernels  compiling and checking them, the first time for a minute", flush=True)
+    for aux_weight in {step.recipe.aux_weight, 0.0}:
+        step.trainer.aux_weight = aux_weight
+        if reason := check_first_step(step):
+            return reason
+    return None
+
+
+def check_first_step(step):
+    """Holds the first step to float64, as self_test says.
+
+    An error of 1e-4 (fp32) or 5e-2 of a result's norm tells a wrong kernel, or a TF32 product, from
     rounding; Muon, which makes much of small singular values, has 1e-2.
     """
     is_fp32, bounds = step.target.dtype == torch.float32, {"muon": 1e-2, "adamw": 1e-4}
     buffers = step.param, step.average, step.exp_avg, step.exp_avg_sq
     buffers = *buffers, step.totals, step.finite_counts
     saved = [buffer.clone() for buffer in buffers]
-    print("kernels  compiling and checking them, the first time for a minute", flush=True)
     try:
         for name, actual, exact in train_and_compare(step, [torch.float64]):
             bound = bounds.get(name.partition(",")[0], 1e-4 if is_fp32 else 5e-2)
@@ -68,7 +78,7 @@ def train_and_compare(step, dtypes):
     the gradient of every parameter, and of its change.
     """
     trainer, before = step.trainer, copy.deepcopy(step.model)
-    images, T = trainer.dataset.train_images, trainer.temperature
+    images = trainer.dataset.train_images
     plan = epoch_plan(step.recipe, len(images), images.shape[-1], 0, 0, step.device)
     step.begin_epoch(plan, *([value] * trainer.steps_per_epoch for value in (LR, MOMENTUM)))
     step.step(0)
@@ -76,8 +86,8 @@ def train_and_compare(step, dtypes):
     images = augment(images[rows.indices], rows, step.recipe, trainer.normalize)
     sizes = [p.numel() for p in before.parameters()]
     grads = [g.view_as(p) for g, p in zip(step.grad[:-2].split(sizes), before.parameters())]
-    batch = images, trainer.targets[rows.indices], T
-    expected = [reference(before, *batch, step.recipe, grads, dtype) for dtype in dtypes]
+    batch = images, trainer.targets[rows.indices]
+    expected = [reference(trainer, before, *batch, grads, dtype) for dtype in dtypes]
     names = [name for name, _ in before.named_parameters()]
     updates = [f"{'muon' if is_muon else 'adamw'}, {n}" for is_muon, n in zip(step.is_muon, names)]
     names = ["the loss", *(f"the gradient of {name}" for name in names), *updates]
@@ -85,13 +95,14 @@ def train_and_compare(step, dtypes):
     return list(zip(names, results, *expected, strict=True))
 
 
-def reference(before, images, targets, T, recipe, step_grads, dtype):
+def reference(trainer, before, images, targets, step_grads, dtype):
     """The results of `train_and_compare` as PyTorch computes them in a dtype."""
-    model = copy.deepcopy(before).to(dtype)
+    model, recipe = copy.deepcopy(before).to(dtype), trainer.recipe
     targets = targets.to(dtype) if targets.is_floating_point() else targets
-    loss = T * F.cross_entropy(model(images.to(dtype)) / T, targets, reduction="sum")
+    logits = model(images.to(dtype), mean_token=trainer.aux_weight > 0)
+    _, loss, total = trainer.losses(logits, targets)
     params = list(model.parameters())
-    grads = torch.autograd.grad(loss, params)
+    grads = torch.autograd.grad(total, params)
     grads = [g / len(images) + recipe.l1 * p.detach().sign() for g, p in zip(grads, params)]
     # The update is that of the step's own gradient, of which Muon makes much; fp32 or float64.
     model = copy.deepcopy(before).to(torch.promote_types(dtype, torch.float32))
@@ -114,11 +125,11 @@ def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
-def record_launches(step, size):
+def record_launches(step, size, aux):
     """(kernel, programs, args, constants) of every launch of a FusedStep; nothing runs."""
     fn.recorded = []
     try:
-        step.launch(size)
+        step.launch((size, aux))
         return fn.recorded
     finally:
         fn.recorded = None

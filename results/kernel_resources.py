@@ -105,11 +105,11 @@ def measure(compiled):
     }  # fmt: skip
 
 
-def launches(recipe, dtype=torch.float32, target=None):
-    """(kernel, programs, args, constants) of every launch of a step of a recipe."""
+def launches(recipe, dtype=torch.float32, target=None, aux=False):
+    """(kernel, programs, args, constants) of every launch of a step, with a second loss or not."""
     recipe, runtime = replace(RECIPES[recipe], batch_size=1), Runtime("cpu", "fp32", "torch")
     step = FusedStep(Trainer(recipe, load_shapes(1, 1), runtime, 1), target or Target(dtype))
-    return record_launches(step, 1)
+    return record_launches(step, 1, aux)
 
 
 def rows(targets=TARGETS, kernels=("",), dtypes=("half", "fp32")):
@@ -117,7 +117,9 @@ def rows(targets=TARGETS, kernels=("",), dtypes=("half", "fp32")):
     for target in targets:
         for dtype in (half_dtype(target) if name == "half" else torch.float32 for name in dtypes):
             seen = []
-            for kernel, _, args, constants in launches("default", dtype, target_of(target, dtype)):
+            arguments = "default", dtype, target_of(target, dtype)
+            steps = [*launches(*arguments), *launches(*arguments, aux=True)]
+            for kernel, _, args, constants in steps:
                 name = kernel_name(kernel) + " cls" * (constants.get("Q") == 1)
                 if name in seen or not any(part in name for part in kernels):
                     continue

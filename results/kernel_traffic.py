@@ -58,9 +58,9 @@ def rows(recipe):
     B, runtime = RECIPES[recipe].batch_size, Runtime("cpu", "bf16", "torch")
     trainer = Trainer(RECIPES[recipe], load_shapes(B, 1), runtime, 1)
     step = FusedStep(trainer, Target(torch.bfloat16))
-    activations = step.pixels, step.a, *step.x, *step.z, *step.dz, *step.dx[1:]
+    activations = step.pixels, step.a, *(t for tensors in step.activations[True] for t in tensors)
     half[:] = [range(t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in activations]
-    for kernel, programs, args, constants in record_launches(step, B):
+    for kernel, programs, args, constants in record_launches(step, B, trainer.aux_weight > 0):
         name = kernel_name(kernel)
         alike = not name.startswith(("update", "muon", "mlp backward"))
         counts.clear()

@@ -66,7 +66,7 @@ def test_sizes_are_within_the_limits():
         "lines of README": (len(readme.splitlines()), 150),
         "words of README": (len(readme.split()), 1500),
     }
-    for folder, limit in zip(FOLDERS, (3880, 1310, 3460, 535)):
+    for folder, limit in zip(FOLDERS, (3910, 1360, 3490, 535)):
         total = sum(len(lines[path]) for path in SOURCES if path.parent == folder)
         sizes[f"lines in {folder.name}/"] = total, limit
     for path, text in SOURCES.items():

@@ -15,7 +15,7 @@ from conftest import ROOT
 COMPILED = [
     (["sm_75"], ["attention backward"], ["fp32"]),
     (["sm_86"], ["stem backward"], ["fp32"]),
-    (["sm_90"], ["backward", "muon", "stem forward"], ["half"]),
+    (["sm_90"], ["backward", "head", "muon", "stem forward"], ["half"]),
     (["sm_100"], ["muon"], ["half"]),  # whose tf32x3 products become a trap there
     (["gfx942"], ["mlp backward"], ["half"]),
 ]

@@ -64,6 +64,26 @@ def test_same_seed_same_bits_and_another_seed_others(small, precision):
     assert train_once(1) == train_once(1) != train_once(2)
 
 
+def test_the_second_loss(small):
+    """Of the mean token, at a weight that falls to 0; what is reported is the CLS token's."""
+    recipe = small_recipe(epochs=5, aux_weight=0.5, aux_frac=0.8, l1=0.0)
+    assert [recipe.aux_weight_of(i) for i in range(5)] == [0.5, 0.375, 0.25, 0.125, 0.0]
+    for epoch in (2, 4):
+        trainer = make_trainer(small, recipe, precision="fp32")
+        model, trainer.epoch = copy.deepcopy(trainer.model), epoch
+        loss, accuracy = trainer.train_epoch(1)
+        indices = trainer.plan.indices[:128]
+        images, labels = small.train_images[indices], small.train_labels[indices]
+        cls, mean = model(trainer.normalize(images), mean_token=True).unbind(1)
+        expected = F.cross_entropy(cls, labels)
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        correct = (cls.argmax(1) == labels).sum().item()
+        assert accuracy == pytest.approx(100 * correct / 128, abs=0.8)
+        (expected + recipe.aux_weight_of(epoch) * F.cross_entropy(mean, labels)).backward()
+        for p, q in zip(trainer.model.parameters(), model.parameters()):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_default_recipe_learns(small):
     changes = {"epochs": 10, "batch_size": 50, "flip_p": 0.0, "crop_padding": 0}
     recipe = dataclasses.replace(RECIPES["default"], **changes)

@@ -12,7 +12,7 @@ from schedule import RECIPES
 from vit import ViT, build_model, summary
 
 
-def by_hand(w, images):
+def by_hand(w, images, mean_token):
     """The layer table in sums, products and loops over heads, every token in every block."""
 
     def gelu(x):
@@ -49,17 +49,21 @@ def by_hand(w, images):
         name = f"blocks.{i}.mlp."
         hidden = norm(x, name + "norm.") @ w[name + "linear1.weight"].T + w[name + "linear1.bias"]
         x = x + gelu(hidden) @ w[name + "linear2.weight"].T + w[name + "linear2.bias"]
-    return norm(x[:, 0], "norm.") @ w["head.weight"].T + w["head.bias"]
+    logits = lambda y: y @ w["head.weight"].T + w["head.bias"]
+    cls, mean = logits(norm(x[:, 0], "norm.")), logits(norm(x[:, 1:], "norm.").mean(1))
+    return torch.stack([cls, mean], 1) if mean_token else cls
 
 
+@pytest.mark.parametrize("mean_token", [False, True])
 @pytest.mark.parametrize("stem_as_matmul", [False, True])
-def test_forward_and_gradients_equal_the_layer_table_by_hand(stem_as_matmul):
+def test_forward_and_gradients_equal_the_layer_table_by_hand(stem_as_matmul, mean_token):
     """The last block computes the CLS token only, which changes no logit and no gradient."""
     torch.manual_seed(0)
     model = ViT().double()
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     weights = dict(model.named_parameters())
-    expected, logits = by_hand(weights, images), model(images, stem_as_matmul)
+    expected = by_hand(weights, images, mean_token)
+    logits = model(images, stem_as_matmul, mean_token)
     assert torch.allclose(logits, expected, rtol=0, atol=1e-12)
     upstream = torch.randn_like(expected)
     grads = (torch.autograd.grad(y, list(weights.values()), upstream) for y in (expected, logits))
