@@ -184,15 +184,14 @@ class Runtime:
     @torch.no_grad()
     def predict(self, model, normalize, images, tta="none"):
         """float32 logits (N, K) of uint8 images (N, 3, S, S), averaged over their tta_views."""
-        parts, rank, world_size = [], self.dist.rank, self.dist.world_size
+        parts, K = [], model.config["num_classes"]
         progress = ProgressBar("evaluating", len(images))
         for i, batch in enumerate(images.split(EVAL_BATCH_SIZE)):
-            if i % world_size == rank:
+            if i % self.dist.world_size == self.dist.rank:
                 views = tta_views(normalize(batch), tta)
                 parts.append(sum(self.logits(model, view) for view in views) / len(views))
             else:  # another rank's batch
-                num_classes = model.config["num_classes"]
-                parts.append(torch.zeros(len(batch), num_classes, device=batch.device))
+                parts.append(torch.zeros(len(batch), K, device=batch.device))
             progress.update(min((i + 1) * EVAL_BATCH_SIZE, len(images)))
         progress.clear()
         return self.dist.all_reduce_sum(torch.cat(parts))

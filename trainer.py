@@ -111,7 +111,8 @@ class Trainer:
     def losses(self, logits, targets):
         """(the CLS token's logits, their loss, what to minimize) of logits (B, K) or (B, 2, K).
 
-        Losses are sums over images.
+        Losses are sums over images. The second is an auxiliary classifier's, as in Szegedy et al.
+        2014, arXiv:1409.4842.
         """
         T, logits = self.temperature, logits.flatten(1).split(self.dataset.num_classes, dim=1)
         losses = [T * F.cross_entropy(x / T, targets, reduction="sum") for x in logits]

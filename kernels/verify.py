@@ -50,7 +50,7 @@ def self_test(step):
 
 
 def check_first_step(step):
-    """Holds the first step to float64, as self_test says.
+    """What self_test returns, for a step with trainer.aux_weight.
 
     An error of 1e-4 (fp32) or 5e-2 of a result's norm tells a wrong kernel, or a TF32 product, from
     rounding; Muon, which makes much of small singular values, has 1e-2.

@@ -117,7 +117,7 @@ def rows(targets=TARGETS, kernels=("",), dtypes=("half", "fp32")):
     for target in targets:
         for dtype in (half_dtype(target) if name == "half" else torch.float32 for name in dtypes):
             seen = []
-            arguments = "default", dtype, target_of(target, dtype)
+            arguments = "long", dtype, target_of(target, dtype)
             steps = [*launches(*arguments), *launches(*arguments, aux=True)]
             for kernel, _, args, constants in steps:
                 name = kernel_name(kernel) + " cls" * (constants.get("Q") == 1)

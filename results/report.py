@@ -70,7 +70,6 @@ def headline():
     timed = {"original": histories("original"), "default": [jpeg("default-bf16-2threads")]}
     flags = {name: f"--recipe {name}" for name in ("original", "default", "long")}
     flags |= {"distilled": "--teacher teacher.npz"}
-    flags |= {"long-distilled": "--recipe long --teacher teacher.npz"}
     for recipe in flags:
         runs = histories(recipe)
         last = mean_std([column(run, "test_accuracy")[-1] for run in runs])
