@@ -147,8 +147,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Normalized float images (B, in_channels, image_size, image_size) to logits (B, num_classes).
 
-    The head reads the CLS token only, so the last block computes nothing else: the same logits and
-    gradients for less work. Raises ValueError for sizes that do not fit together.
+    The head reads the CLS token only, so the last block computes nothing else, unless a second loss
+    asks for the mean of the other tokens: the same logits and gradients for less work. Raises
+    ValueError for sizes that do not fit together.
     """
 
     def __init__(
