@@ -56,14 +56,13 @@ def fused_step(recipe, dtype, num_images=3, teacher=False, **overrides):
 def test_kernels_at_the_sizes_of_training(recipe, dtype, monkeypatch):
     """One image a program in fp32, else two, the second of which may be missing; soft in bf16.
 
-    Without a second loss in bf16.
+    Without a second loss in fp16.
     """
     if dtype != torch.float32:
         monkeypatch.setattr(functions, "MAX_PROGRAMS", 2)
     batch_size = 2 if recipe == "default" else 3
-    is_bf16 = dtype == torch.bfloat16
-    options = {"batch_size": batch_size, "aux_weight": 0.0 if is_bf16 else 0.5}
-    step = fused_step(recipe, dtype, teacher=is_bf16, **options)
+    options = {"batch_size": batch_size, "aux_weight": 0.0 if dtype == torch.float16 else 0.5}
+    step = fused_step(recipe, dtype, teacher=dtype == torch.bfloat16, **options)
     results = verify.train_and_compare(step, [torch.float64, dtype])
     names = " ".join(name for name, *_ in results)
     assert all(part in names for part in ("the loss", "gradient of cls_token", "adamw, pos"))
@@ -74,11 +73,12 @@ def test_kernels_at_the_sizes_of_training(recipe, dtype, monkeypatch):
 
 def test_self_test(monkeypatch):
     """What it finds on a GPU, and that it leaves no trace."""
-    step, ones = fused_step("original", torch.float32), torch.ones(2)
+    step, ones, seen = fused_step("long", torch.float32), torch.ones(2), []
     kernel, before = verify.record_launches(step, 2, False)[0][0], step.param.clone()
 
     def line(wrong):
         def train_and_compare(step, dtypes):
+            seen.append(step.trainer.aux_weight)
             step.param += 1
             step.totals += 1
             functions.last_launched = kernel  # where Triton raises
@@ -89,7 +89,7 @@ def test_self_test(monkeypatch):
         monkeypatch.setattr(verify, "train_and_compare", train_and_compare)
         return verify.self_test(step)
 
-    assert line(1.0) is None
+    assert line(1.0) is None and sorted(seen) == [0.0, 0.5]  # with and without a second loss
     assert line(1.02).startswith("muon, a: off by") and line(math.nan).startswith("muon, a: off")
     assert line(None) == "stem forward does not run here: out of resource"
     assert torch.equal(step.param, before) and step.totals.tolist() == [0.0, 0.0]

@@ -36,6 +36,7 @@ WRONG_COMMANDS = [
     (train, ["--epochs", "ten"], "--epochs: ten is not a whole number of at least 1"),
     (train, ["--data", "shapes", "--batch-size", 301], "301 is more than the 300 images"),
     (train, ["--set", "no_such=1"], "--set no_such=1: no setting 'no_such'"),
+    (train, ["--set", "aux_frac=1.5"], "--set aux_frac=1.5: aux_frac is float from 0 to 1"),
     (lr_range, ["--set", "max_lr=0"], "--set max_lr=0: max_lr is float from 1e-30"),
     (train, ["--data", "shapes", "--val-split", 300], "shapes has 300 training images"),
     (train, ["--data", "shapes", "--val-split", 290], "more than the 10 images"),
