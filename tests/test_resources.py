@@ -53,7 +53,7 @@ def run(script, interpret, *args):
 
 
 def test_every_kernel_fits():
-    """But for Muon's fp32 accuracy, none spills in bf16 on Hopper (8 bytes by Triton 3.6)."""
+    """In bf16 on Hopper none spills but Muon, of fp32 accuracy, and, by Triton 3.6, the stem."""
     columns, rows = json.loads(run(RESOURCES, "0", json.dumps(COMPILED)))
     names = {(row["target"], row["dtype"], row["kernel"]) for row in rows}
     assert ("sm_75", "fp32", "attention backward cls") in names and any(r["wgmma"] for r in rows)
@@ -65,7 +65,7 @@ def test_every_kernel_fits():
         # Triton's bug 11047 leaves out a barrier between warp groups.
         assert not row["wgmma"] or (target == "sm_90" and row["warps"] <= 4), row
         if target == "sm_90" and is_half:
-            assert row["spilled_bytes"] <= (64 if kernel == "muon muon" else 8), row
+            assert row["spilled_bytes"] <= {"muon muon": 64, "stem backward": 8}.get(kernel, 0), row
         if kernel in ("mlp backward", "stem backward", "attention backward"):
             # Half precision products run on tensor cores where Triton has them, from sm_80 on.
             has_them = is_half or target.startswith("gfx")
