@@ -118,15 +118,16 @@ def log():
 
 def ablation():
     """Accuracy on held-out images when one component of recipe default is removed."""
-    rows, all_runs, whole = [], jpeg("ablation"), None
-    for removed in unique(all_runs, "removed"):
-        group = [run for run in all_runs if run["removed"] == removed]
-        values = column(group, "val_accuracy")
-        whole = whole or statistics.mean(values)  # the first group has nothing removed
-        flags = f"`{group[0]['flags']}`" if group[0]["flags"] else ""
-        row = {"removed": removed, "flags": flags, "n": len(values)}
-        row["mean ± std"] = mean_std(values)
-        rows.append({**row, "difference": f"{statistics.mean(values) - whole:+.2f}"})
+    rows, groups, whole = [], {}, {}
+    for run in jpeg("ablation"):
+        key = run["epochs"], run["removed"], run["flags"]
+        groups.setdefault(key, []).append(float(run["val_accuracy"]))
+    for (epochs, removed, flags), values in groups.items():
+        mean = statistics.mean(values)
+        whole.setdefault(epochs, mean)  # the first of a length has nothing removed
+        row = {"removed": removed, "flags": flags and f"`{flags}`", "epochs": epochs}
+        row |= {"n": len(values), "mean ± std": mean_std(values)}
+        rows.append(row | {"difference": f"{mean - whole[epochs]:+.2f}"})
     return table(rows)
 
 
