@@ -101,7 +101,7 @@ def accuracy():
         row["best epoch"] = mean_std([max(column(run, "test_accuracy")) for run in runs])
         row |= {"flip-TTA": mean_std(tta) if tta else "", "threads": group[0]["threads"]}
         row["seconds a run"] = seconds(runs) if group[0]["idle_machine"] == "yes" else ""
-        rows.append({**row, **{k: ", ".join(unique(group, k)) for k in ("commit", "measured")}})
+        rows.append({**row, **{k: "; ".join(unique(group, k)) for k in ("commit", "measured")}})
     return table(rows)
 
 
