@@ -1,7 +1,8 @@
 """Augmentation: the random plan of an epoch, and batched tensor operations that follow it.
 
 Everything random about an epoch, the order of images and every parameter of every image, is drawn
-at its start as one table, a pure function of (seed, epoch). Step i takes rows i B to (i + 1) B.
+at its start as one table, a pure function of recipe, seed, epoch and kind of device. Step i takes
+rows i B to (i + 1) B.
 """
 
 import hashlib
@@ -11,9 +12,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+# --- the plan of an epoch ---
+
 
 class EpochPlan(NamedTuple):
-    """One row an image, in the order of the epoch; None for what the recipe leaves out."""
+    """A table with a row for each image, in the order of the epoch; None where the recipe has 0."""
 
     indices: torch.Tensor  # (N,) int64, places in the training set
     offsets: torch.Tensor | None = None  # (N, 2) int64, of the crop: rows, columns, either sign
@@ -26,55 +29,103 @@ class EpochPlan(NamedTuple):
     cutout_xy: torch.Tensor | None = None  # (N, 2) int64, top left row and column
 
     def at(self, rows):
-        """The rows of a slice or of indices."""
+        """Return the plan's rows of a slice or of indices."""
         return EpochPlan(*(None if column is None else column[rows] for column in self))
 
 
 def epoch_plan(recipe, num_images, image_size, seed, epoch, device):
-    """The EpochPlan of epoch `epoch`, counted from 0: a pure function of its arguments."""
+    """Return the EpochPlan of epoch `epoch`, counted from 0: a pure function of its arguments."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
-    N, S = num_images, image_size
 
     def uniform(low, high, *shape):
-        return torch.rand(N, *shape, device=device, generator=generator) * (high - low) + low
+        numbers = torch.rand(num_images, *shape, device=device, generator=generator)
+        return numbers * (high - low) + low
 
-    def randint(low, high):  # both included
-        return torch.randint(low, high + 1, (N, 2), device=device, generator=generator)
+    def pairs(low, high):  # of whole numbers, both ends included
+        return torch.randint(low, high + 1, (num_images, 2), device=device, generator=generator)
 
-    plan = {"indices": torch.randperm(N, device=device, generator=generator)}
+    plan = {"indices": torch.randperm(num_images, device=device, generator=generator)}
     if recipe.crop_padding:
-        plan["offsets"] = randint(-recipe.crop_padding, recipe.crop_padding)
-        if epoch >= round(recipe.epochs * (1 - recipe.crop_decay_frac)):
-            plan["offsets"] = plan["offsets"].div(2, rounding_mode="trunc")
+        offsets = pairs(-recipe.crop_padding, recipe.crop_padding)
+        decay_epoch = round(recipe.epochs * (1 - recipe.crop_decay_frac))
+        if recipe.crop_decay_frac and epoch >= decay_epoch:
+            offsets = offsets.div(2, rounding_mode="trunc")
+        plan["offsets"] = offsets
     if recipe.flip_p:
         plan["flip"] = uniform(0, 1) < recipe.flip_p
     if recipe.affine_p:
-        angle = math.radians(recipe.degrees)
+        pixels = recipe.translate * image_size
+        radians = math.radians(recipe.degrees)
         plan["affine"] = uniform(0, 1) < recipe.affine_p
-        plan["translate"] = uniform(-recipe.translate * S, recipe.translate * S, 2)
+        plan["translate"] = uniform(-pixels, pixels, 2)
         plan["scale"] = uniform(1 - recipe.scale, 1 + recipe.scale)
-        plan["angle"] = uniform(-angle, angle)
+        plan["angle"] = uniform(-radians, radians)
     if recipe.cutout_p:
         plan["cutout"] = uniform(0, 1) < recipe.cutout_p
-        plan["cutout_xy"] = randint(0, S - recipe.cutout_size)
+        plan["cutout_xy"] = pairs(0, image_size - recipe.cutout_size)
     return EpochPlan(**plan)
 
 
+# --- operations on a batch; B images, each S x S ---
+
+
+def augment(images, rows, recipe, normalize):
+    """Return uint8 images (B, 3, S, S) augmented by rows of a plan and normalized, float32."""
+    if rows.offsets is not None:
+        images = crop(images, rows.offsets, recipe.padding_mode)
+    if rows.flip is not None:
+        images = flip(images, rows.flip)
+    if rows.affine is not None:
+        # Only the images of the mask are moved, which takes less time than to move all.
+        mask = rows.affine
+        moved = affine(images[mask], rows.translate[mask], rows.scale[mask], rows.angle[mask])
+        images = images.float()
+        images[mask] = moved
+    images = normalize(images)
+    if rows.cutout is not None:
+        images = cutout(images, rows.cutout_xy, recipe.cutout_size, rows.cutout)
+    return images
+
+
+class Normalize:
+    """Brings images from [0, 255] to mean 0 and std 1; `mean` and `std` are on the scale [0, 1]."""
+
+    def __init__(self, mean, std, device):
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1) * 255
+
+    def __call__(self, images):
+        """Normalize uint8 or float32 images (B, 3, S, S); returns float32."""
+        return (images.float() - self.mean) / self.std
+
+    def invert(self, images):
+        """Return normalized float32 images (B, 3, S, S) as uint8."""
+        return (images * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
+
+
 def gather_pixels(images, index):
-    """Pixels of each image at `index`, row * S + column, int64 (B, S, S): -> (B, C, S, S)."""
+    """Return the pixels of each image at `index` = row * S + column, int64 (B, S, S).
+
+    images (B, C, S, S) -> (B, C, S, S)
+    """
     B, C, S, _ = images.shape
     index = index.view(B, 1, S * S).expand(-1, C, -1)  # (B, S, S) -> (B, C, S S)
-    return images.reshape(B, C, S * S).gather(2, index).view(B, C, S, S)
+    pixels = images.reshape(B, C, S * S).gather(2, index)
+    return pixels.view(B, C, S, S)
 
 
 def crop(images, offsets, padding_mode):
-    """The S x S window at `offsets` (B, 2) of each image, padded by "reflect" or "wrap"."""
+    """Return the S x S window at `offsets` (B, 2) of each image, padded by "reflect" or "wrap"."""
     B, _, S, _ = images.shape
     index = torch.arange(S, device=images.device) + offsets.view(B, 2, 1)  # (B, 2, S)
-    reflected = (S - 1) - ((S - 1) - index.abs()).abs()
-    rows, columns = (index % S if padding_mode == "wrap" else reflected).unbind(1)  # 2 x (B, S)
-    return gather_pixels(images, rows.view(B, S, 1) * S + columns.view(B, 1, S))
+    if padding_mode == "wrap":
+        index = index % S
+    elif padding_mode == "reflect":
+        index = (S - 1) - ((S - 1) - index.abs()).abs()
+    rows = index[:, 0].view(B, S, 1)
+    columns = index[:, 1].view(B, 1, S)
+    return gather_pixels(images, rows * S + columns)
 
 
 def flip(images, mask):
@@ -89,6 +140,8 @@ def affine(images, translate, scale, angle):
     clockwise on the screen. Pixel p samples R(-angle) (p - center - translate) / scale + center.
     """
     B, _, S, _ = images.shape
+
+    # Where each pixel of the result is sampled in the image.
     center = (S - 1) / 2
     grid = torch.arange(S, device=images.device) - center
     down = grid.view(1, S, 1) - translate[:, 0].view(B, 1, 1)
@@ -97,65 +150,59 @@ def affine(images, translate, scale, angle):
     sin = (angle.sin() / scale).view(B, 1, 1)
     y = cos * down - sin * right + center  # (B, S, S)
     x = sin * down + cos * right + center
-    top, left = y.floor(), x.floor()
-    dy, dx = (y - top).unsqueeze(1), (x - left).unsqueeze(1)  # (B, 1, S, S)
-    # float32 is exact for whole numbers up to 2^24, and int64 division is slow on a CPU.
-    rows = [S * (row - S * (row / S).floor()) for row in (top, top + 1)]
-    columns = [column - S * (column / S).floor() for column in (left, left + 1)]
-    corners = [[gather_pixels(images, (r + c).long()).float() for c in columns] for r in rows]
-    return torch.lerp(*(torch.lerp(*pair, dx) for pair in corners), dy)
+
+    # The four pixels around that place.
+    top = y.floor()
+    left = x.floor()
+    row = S * wrap(top, S)
+    next_row = S * wrap(top + 1, S)
+    column = wrap(left, S)
+    next_column = wrap(left + 1, S)
+    top_left = gather_pixels(images, (row + column).long()).float()
+    top_right = gather_pixels(images, (row + next_column).long()).float()
+    bottom_left = gather_pixels(images, (next_row + column).long()).float()
+    bottom_right = gather_pixels(images, (next_row + next_column).long()).float()
+
+    # Between them, first along rows, then along columns.
+    dy = (y - top).unsqueeze(1)  # (B, 1, S, S)
+    dx = (x - left).unsqueeze(1)
+    upper = torch.lerp(top_left, top_right, dx)
+    lower = torch.lerp(bottom_left, bottom_right, dx)
+    return torch.lerp(upper, lower, dy)
+
+
+def wrap(index, size):
+    """Return whole float32 numbers modulo `size`.
+
+    float32 is exact for whole numbers up to 2^24, and int64 division is slow on a CPU.
+    """
+    return index - size * (index / size).floor()
 
 
 def cutout(images, corners, size, mask):
     """Zero a square of `size` pixels at `corners` (B, 2; row, column) in the images of `mask`."""
     B, _, S, _ = images.shape
     index = torch.arange(S, device=images.device)
-    inside = (index >= corners.view(B, 2, 1)) & (index < corners.view(B, 2, 1) + size)  # (B, 2, S)
-    rows, columns = inside[:, 0] & mask.view(B, 1), inside[:, 1]
-    return torch.where(rows.view(B, 1, S, 1) & columns.view(B, 1, 1, S), 0.0, images)
-
-
-class Normalize:
-    """Images on the scale [0, 255] to mean 0, std 1; `mean` and `std` are on the scale [0, 1]."""
-
-    def __init__(self, mean, std, device):
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1) * 255
-        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1) * 255
-
-    def __call__(self, images):
-        """uint8 or float32 (B, 3, S, S) -> float32."""
-        return (images.float() - self.mean) / self.std
-
-    def invert(self, images):
-        """Normalized float32 (B, 3, S, S) -> uint8."""
-        return (images * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
-
-
-def augment(images, rows, recipe, normalize):
-    """Augmented and normalized float32 images of uint8 `images` (B, 3, S, S), by rows of a plan."""
-    if rows.offsets is not None:
-        images = crop(images, rows.offsets, recipe.padding_mode)
-    if rows.flip is not None:
-        images = flip(images, rows.flip)
-    if rows.affine is not None:
-        mask, parameters = rows.affine, (rows.translate, rows.scale, rows.angle)
-        moved = affine(images[mask], *(p[mask] for p in parameters))
-        images = images.float()
-        images[mask] = moved
-    images = normalize(images)
-    if rows.cutout is not None:
-        images = cutout(images, rows.cutout_xy, recipe.cutout_size, rows.cutout)
-    return images
+    corners = corners.view(B, 2, 1)
+    inside = (index >= corners) & (index < corners + size)  # (B, 2, S)
+    rows = inside[:, 0] & mask.view(B, 1)
+    columns = inside[:, 1]
+    square = rows.view(B, 1, S, 1) & columns.view(B, 1, 1, S)
+    return torch.where(square, 0.0, images)
 
 
 def tta_views(images, tta):
-    """The views of normalized images over which test-time augmentation averages logits.
+    """Return the views of normalized images over which test-time augmentation averages logits.
 
     "none": the images. "flip": their mirror images too. "shift": also both of crops moved by one
     pixel, up and left, down and right, as in Jordan 2024, arXiv:2404.00498.
     """
-    S, views = images.shape[-1], [images]
+    views = [images]
     if tta == "shift":
+        S = images.shape[-1]
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        views += [padded[:, :, :S, :S], padded[:, :, 2:, 2:]]
-    return views if tta == "none" else views + [view.flip(3) for view in views]
+        views.append(padded[:, :, :S, :S])
+        views.append(padded[:, :, 2:, 2:])
+    if tta != "none":
+        views += [view.flip(3) for view in views]
+    return views

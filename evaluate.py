@@ -9,60 +9,87 @@ Writes confusion.png and misclassified.png beside the checkpoint, or to --out.
 from pathlib import Path
 
 from cli import (
-    Parser, add_data_arguments, add_device_arguments, positive_int, printable, run_script,
-    writable_dir,
-)  # fmt: skip
+    Parser,
+    add_run_data_arguments,
+    add_device_argument,
+    add_precision_argument,
+    positive_int,
+    run_script,
+)
+from cli import writable_dir
 
 import torch
+import torch.nn.functional as F
 
 import plots
 from augment import Normalize
-from data import class_balanced_indices, load_for_checkpoint
+from checkpoint import load_checkpoint
+from data import IMAGE_SIZE, class_balanced_indices, load_for_checkpoint, load_image
 from runtime import Runtime
-from sources import IMAGE_SIZE, load_image
-from trainer import load_checkpoint, loss_and_accuracy
+
+
+def loss_and_accuracy(logits, labels):
+    """Return mean cross entropy in nats, and accuracy in percent, of logits (N, K)."""
+    correct = (logits.argmax(1) == labels).sum().item()
+    return F.cross_entropy(logits, labels).item(), 100 * correct / len(labels)
 
 
 def confusion_matrix(labels, predictions, num_classes):
-    """Counts, int64 (K, K), of actual (rows) and predicted (columns) classes, int64 (N,) each."""
+    """Return counts, int64 (K, K), of actual (rows) and predicted (columns) classes.
+
+    labels and predictions are int64 (N,).
+    """
     K = num_classes
     return torch.bincount(labels * K + predictions, minlength=K * K).view(K, K)
 
 
 def classification_report(matrix, class_names):
-    """Precision, recall, F1 (0 / 0 is 0) and support, in scikit-learn's layout, as text."""
+    """Return precision, recall, F1 and support of each class, and their averages, as text.
+
+    The layout is scikit-learn's; 0 / 0 is 0.
+    """
     matrix = matrix.double()
-    correct, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    ratios = [correct / predicted, correct / support, 2 * correct / (support + predicted)]
-    scores = torch.stack(ratios, dim=1).nan_to_num(0)  # (K, 3)
+    correct = matrix.diagonal()
+    support = matrix.sum(1)  # images of each class
+    predicted = matrix.sum(0)
+    precision = (correct / predicted).nan_to_num(0)
+    recall = (correct / support).nan_to_num(0)
+    f1 = (2 * correct / (support + predicted)).nan_to_num(0)
+    scores = torch.stack([precision, recall, f1], dim=1)  # (K, 3)
     total = support.sum()
-    width = max(len("weighted avg"), *map(len, class_names))
-    line = f"{{:>{width}}} {{:>10}} {{:>9}} {{:>9}} {{:>9}}".format
-    score_line = lambda name, values, count: line(name, *(f"{x:.2f}" for x in values), int(count))
-    lines = [
-        line("", "precision", "recall", "f1-score", "support"),
-        "",
-        *map(score_line, class_names, scores.tolist(), support.tolist()),
-        "",
-        line("accuracy", "", "", f"{correct.sum() / total:.2f}", int(total)),
-        score_line("macro avg", scores.mean(0).tolist(), total),
-        score_line("weighted avg", (support @ scores / total).tolist(), total),
-    ]
+    width = max(len("weighted avg"), *(len(name) for name in class_names))
+
+    def line(name, *cells):
+        return f"{name:>{width}} {cells[0]:>10} {cells[1]:>9} {cells[2]:>9} {cells[3]:>9}"
+
+    def score_line(name, values, count):
+        return line(name, *(f"{value:.2f}" for value in values), int(count))
+
+    lines = [line("", "precision", "recall", "f1-score", "support"), ""]
+    for name, values, count in zip(class_names, scores.tolist(), support.tolist()):
+        lines.append(score_line(name, values, count))
+    lines.append("")
+    lines.append(line("accuracy", "", "", f"{correct.sum() / total:.2f}", int(total)))
+    lines.append(score_line("macro avg", scores.mean(0).tolist(), total))
+    lines.append(score_line("weighted avg", (support @ scores / total).tolist(), total))
     return "\n".join(lines)
 
 
 def matrix_text(matrix, class_names):
-    """A confusion matrix as text; columns are headed by the number of the row."""
-    K, width = len(class_names), max(map(len, class_names))
-    cell = max(len(str(int(matrix.max()))), len(str(K - 1))) + 1
-    lines = [" " * (width + 5) + "".join(f"{j:>{cell}}" for j in range(K))]
+    """Return a confusion matrix as text; columns are headed by the number of the row."""
+    K = len(class_names)
+    name_width = max(len(name) for name in class_names)
+    cell_width = max(len(str(int(matrix.max()))), len(str(K - 1))) + 1
+    heads = "".join(f"{j:>{cell_width}}" for j in range(K))
+    lines = [" " * (name_width + 5) + heads]
     for i, (name, row) in enumerate(zip(class_names, matrix.tolist())):
-        lines.append(f"{name:>{width}} {i:>3} " + "".join(f"{count:>{cell}}" for count in row))
+        cells = "".join(f"{count:>{cell_width}}" for count in row)
+        lines.append(f"{name:>{name_width}} {i:>3} {cells}")
     return "\n".join(lines)
 
 
 def classify(ckpt, images, device="auto"):
-    """(class names, probabilities float32 (N, K)) of images, by a file of train.py.
+    """Return (class names, probabilities float32 (N, K)) of images, by a file of train.py.
 
     `images` are paths of image files, or a tensor uint8 (N, 3, 32, 32); they are normalized here.
     Raises UsageError for another file or device, RunError for an image that cannot be read, and
@@ -70,6 +97,7 @@ def classify(ckpt, images, device="auto"):
     """
     runtime = Runtime(device)
     model, ckpt = load_checkpoint(ckpt, runtime.device)
+    runtime.prepare(model)
     if not torch.is_tensor(images):
         images = torch.stack([load_image(path) for path in images])
     if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
@@ -83,50 +111,65 @@ def classify(ckpt, images, device="auto"):
 def parse_args():
     parser = Parser(description="Evaluate a checkpoint on test images.")
     add = parser.add_argument
-    add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
+    add(
+        "--ckpt",
+        type=Path,
+        default=Path("best.pt"),
+        metavar="FILE",
+        help="best.pt or last.pt of a run",
+    )
     help = "also averaged over mirror images (flip), and over those of crops a pixel away (shift)"
     add("--tta", default="none", choices=["none", "flip", "shift"], help=help)
     add("--n", type=positive_int, default=20, help="misclassified images to show")
-    add_data_arguments(parser, default=None)
-    add_device_arguments(parser)
+    add_run_data_arguments(parser)
+    add_device_argument(parser)
+    add_precision_argument(parser)
     add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    runtime = Runtime(args.device, args.precision, args.kernels)
+    runtime = Runtime(args.device, args.precision)
     model, ckpt = load_checkpoint(args.ckpt, runtime.device)
+    runtime.prepare(model)
     out = writable_dir(args.out or args.ckpt.parent)
     print(f"{runtime.describe()}\nloading images", flush=True)
     dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
-    images, labels = dataset.test_images, dataset.test_labels
-    names = [printable(name) for name in ckpt["class_names"]]
-    title = f"{args.ckpt.name} (epoch {ckpt['epoch']}, recipe {ckpt['config'].get('recipe')})"
-    title = printable(f"{title} on {dataset.name}")
+    images = dataset.test_images
+    labels = dataset.test_labels
+    names = ckpt["class_names"]
+    recipe = ckpt["config"]["recipe"]
+    title = f"{args.ckpt.name} (epoch {ckpt['epoch']}, recipe {recipe}) on {dataset.name}"
     print(f"{title}, {len(labels):,} test images", flush=True)
+
+    # Figures and report are of the images as they are; --tta adds one line.
     normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)
     logits = runtime.predict(model, normalize, images)
-    accuracy = "accuracy {1:.2f} %, cross entropy {0:.4f} nats".format
-    print("\n" + accuracy(*loss_and_accuracy(logits, labels)))
+    loss, accuracy = loss_and_accuracy(logits, labels)
+    print(f"\naccuracy {accuracy:.2f} %, cross entropy {loss:.4f} nats")
     if args.tta != "none":
         averaged = runtime.predict(model, normalize, images, args.tta)
-        print(f"with --tta {args.tta}: {accuracy(*loss_and_accuracy(averaged, labels))}")
+        loss, accuracy = loss_and_accuracy(averaged, labels)
+        print(f"with --tta {args.tta}: accuracy {accuracy:.2f} %, cross entropy {loss:.4f} nats")
     confidence, predictions = logits.softmax(1).max(1)
     matrix = confusion_matrix(labels, predictions, len(names)).cpu()
     print(f"\nconfusion matrix, rows actual, columns predicted\n{matrix_text(matrix, names)}")
     print(f"\n{classification_report(matrix, names)}\n")
 
-    figures = {"confusion.png": plots.confusion_matrix(matrix, names, title)}
+    plots.save_figure(plots.confusion_matrix(matrix, names, title), out / "confusion.png")
+    print(f"saved {out / 'confusion.png'}")
     shown = class_balanced_indices(labels, predictions != labels, args.n)
     if len(shown):
-        columns = zip(labels[shown], predictions[shown], 100 * confidence[shown])
-        captions = [f"{names[i]}\n{percent:.0f} % {names[j]}" for i, j, percent in columns]
+        captions = []
+        for i in shown.tolist():
+            actual = names[labels[i]]
+            predicted = names[predictions[i]]
+            captions.append(f"{actual}\n{100 * confidence[i]:.0f} % {predicted}")
         head = f"misclassified: actual class, and predicted class with probability\n{title}"
-        figures["misclassified.png"] = plots.image_grid(images[shown], captions, head)
-    for name, figure in figures.items():
-        plots.save_figure(figure, out / name)
-        print(f"saved {out / name}")
+        figure = plots.image_grid(images[shown], captions, head)
+        plots.save_figure(figure, out / "misclassified.png")
+        print(f"saved {out / 'misclassified.png'}")
 
 
 if __name__ == "__main__":

@@ -1,310 +1,453 @@
 """Saliency maps: where the network looks for evidence of a class.
 
     python gradcam.py --ckpt best.pt --n 10             # ten misclassified test images: gradcam.png
-    python gradcam.py --ckpt best.pt --image cat.jpg    # your images: the three most likely classes
-    python gradcam.py --ckpt best.pt --metrics          # all methods judged: gradcam_metrics.csv
+    python gradcam.py --ckpt best.pt --image cat.jpg    # your images, as many as you name
+    python gradcam.py --ckpt best.pt --metrics          # the maps measured: gradcam_metrics.csv
 
-Tokens are channels, so nothing behind the stem has rows and columns: maps are computed at the image
-or at the stem. Maps and the probabilities beside them are in float32; --kernels and --precision are
-for the many predictions of --metrics.
+Tokens are channels, so nothing behind the stem has rows and columns: Grad-CAM is computed at the
+end of the stem, and masked gradients at the image. Everything is in float32.
 """
 
-from contextlib import ExitStack
+import os
+from collections import defaultdict
 from pathlib import Path
 
-from cli import (
-    Parser, ProgressBar, UsageError, add_data_arguments, add_device_arguments, atomic_write,
-    positive_int, printable, run_script, seed_int, writable_dir, write_csv,
-)  # fmt: skip
+from cli import Parser, ProgressBar, UsageError, add_run_data_arguments, add_device_argument
+from cli import markdown_table, positive_int, printable, run_script, seed_int, writable_dir
+from cli import write_csv
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import faithfulness
 import plots
 from augment import Normalize
-from data import class_balanced_indices, load_for_checkpoint
-from faithfulness import blur, normalize_map
+from checkpoint import load_checkpoint
+from data import class_balanced_indices, load_for_checkpoint, load_image
 from runtime import Runtime
-from sources import IMAGE_SIZE, load_image
-from trainer import load_checkpoint
 
-IMAGE = "image"  # the layer name of what the network is given
-LAYER = "stem.gelu2"  # the last with rows and columns
-METHOD = "combined"  # beats a blob in the center in every measure; docs/gradcam.md
-NUM_MASKS = 32  # for each replacement; 16 cost 0.04 of the pointing game on `shapes`, n = 200
+METHODS = {
+    "gradcam": "Grad-CAM",
+    "hirescam": "HiResCAM",
+    "masked-gradients": "masked gradients",
+}
+SHOWN = ("gradcam", "masked-gradients")  # where --method names none
+LAYERS = ("stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2")  # have rows and columns
+LAYER = "stem.gelu2"
+NUM_MASKS = 32  # 16 cost 0.04 of the pointing game on `shapes`, n = 200
+STEPS = 12  # of insertion and deletion, 85 pixels each
+BLUR_STD = 4.0  # pixels, of the blurred image that insertion starts from
 BATCH_SIZE = 125  # of --metrics, as fast as 250
-SANITY_IMAGES = 25  # of --metrics, for randomization: it takes six maps of each by each method
-MASK_METHODS = ("integrated-gradients", "masked-gradients", "contrast")
-METHODS = ("gradcam", "hirescam", "finercam", "layercam", "gradcam++", *MASK_METHODS, "combined")
 
 
-def layer_maps(activations, gradients, others):
-    """{method: maps (B, 1, h, w)} of activations and gradients (B, C, h, w) of two classes.
-
-    gradcam: Selvaraju et al. 2017, arXiv:1610.02391. hirescam: Draelos & Carin 2020,
-    arXiv:2011.08891. finercam: Zhang et al. 2025, arXiv:2501.11309. layercam: Jiang et al. 2021.
-    gradcam++: equation 19 of Chattopadhay et al. 2018, arXiv:1710.11063, for exp(logit), where
-    g^2 / (2 g^2 + sum(A) g^3) times g > 0 is g / (2 + sum(A) g); A < 0 count as 0 in the sum.
-    """
-    positive, total = gradients.relu(), activations.relu().sum((2, 3), keepdim=True)
-    weights = {
-        "gradcam": gradients.mean((2, 3), keepdim=True),
-        "hirescam": gradients,
-        "finercam": gradients - others,
-        "layercam": positive,
-        "gradcam++": (positive / (2 + total * positive)).sum((2, 3), keepdim=True),
-    }
-    return {k: (weight * activations).sum(1, keepdim=True) for k, weight in weights.items()}
+# --- maps ---
 
 
 class GradCAM:
-    """Saliency maps of a model's classes.
+    """Saliency maps of a network's classes, from gradients of their logits.
 
-        with GradCAM(model.eval(), "layer4", method="hirescam") as cam:
+        with GradCAM(model.eval(), "layer4") as cam:
             maps = cam(images, targets)
 
-    `layer` is "image" or the name of a module that outputs (B, C, h, w); ValueError for one without
-    a grid. MASK_METHODS are computed at the image whatever it is; combined is masked-gradients
-    there, times 0.5 to 1.5 by gradcam++ at the layer. Several methods share gradients; their maps
-    are a dict. The hook is removed however the block ends; the model stays as it is.
+    `layer` is the name of a module that outputs (B, C, h, w). The methods are
+
+        gradcam             activations times the mean gradient of their channel, at the layer,
+                            Selvaraju et al. 2017, arXiv:1610.02391
+        hirescam            activations times their gradient, at the layer,
+                            Draelos & Carin 2020, arXiv:2011.08891
+        masked-gradients    what each pixel adds (see that function); needs no layer
+
+    Raises ValueError for a method or layer that does not exist, and for a layer without rows and
+    columns. The hook is removed however the block ends. Parameters, and gradients in them, stay as
+    they are.
     """
 
-    def __init__(self, model, layer=None, method=METHOD):
-        self.model, self.method, self.handle = model, method, None
-        self.methods = (method,) if isinstance(method, str) else method
-        self.layer = IMAGE if method in MASK_METHODS else layer or LAYER
+    def __init__(self, model, layer=LAYER, method="gradcam"):
+        if method not in METHODS:
+            raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+        self.model = model
+        self.layer = layer
+        self.method = method
+        self.uses_layer = method != "masked-gradients"
+        if self.uses_layer and layer not in dict(model.named_modules()):
+            raise ValueError(f"the model has no layer {layer!r}")
+        self.activations = None
+        self.hook = None
 
     def __enter__(self):
-        if self.layer != IMAGE:
+        if self.uses_layer:
             module = self.model.get_submodule(self.layer)
-            self.handle = module.register_forward_hook(self.save_activations)
+            self.hook = module.register_forward_hook(self.save_activations)
         return self
 
     def __exit__(self, *_):
-        if self.handle is not None:
-            self.handle.remove()
+        if self.hook is not None:
+            self.hook.remove()
+        self.activations = None
 
     def save_activations(self, module, args, output):
-        if not is_spatial(output.shape[1:]):
-            raise ValueError(f"layer {self.layer!r} outputs {tuple(output.shape)}: no grid")
+        """Keep what the layer outputs; called by PyTorch in each forward pass."""
+        shape = tuple(getattr(output, "shape", ()))
+        if len(shape) != 4 or min(shape[2:]) < 2:
+            raise ValueError(f"layer {self.layer!r} outputs {shape}: no rows and columns")
         self.activations = output
-        return output.clone()  # the next layer may work in place
+        return output.clone()  # the next module may work in place
 
-    def gradients(self, images, classes, at_layer=False):
-        """Of the logit of each of `classes`, int64 (B,), to images or layer: (classes, B, ...)."""
-        self.activations = images = images.detach().requires_grad_()  # without a hook, the image
-        logits = self.model(images.clone())
-        inputs = self.activations if at_layer else images
-        sums = [logits.gather(1, k[:, None]).sum() for k in classes]  # images do not mix in it
-        return torch.stack([torch.autograd.grad(s, inputs, retain_graph=True)[0] for s in sums])
+    def __call__(self, images, targets=None, normalize=True):
+        """Return maps (B, H, W) of images (B, C, H, W) as the model takes them.
 
-    def integrate(self, images, classes, straight=False):
-        """What the image adds, times mean gradients of masked images: (classes, B, S, S).
-
-        Integrated gradients take a straight path, Sundararajan et al. 2017, arXiv:1703.01365. Other
-        masks are smooth and random, as in RISE, Petsiuk et al. 2018, arXiv:1806.07421; their mean
-        gradients estimate Shapley values, Okhrati & Lipani 2020, arXiv:2010.12082. The blurred
-        image replaces what is masked, then the mean: each alone hides some evidence.
+        `targets`, int64 (B,), are the classes to explain: by default the predicted ones. Maps are
+        stretched to [0, 1]. With normalize=False they are not, so that the maps of two classes can
+        be compared: 0 is no evidence.
         """
-        S, total, generator = images.shape[-1], 0, torch.Generator().manual_seed(0)
-        replacements = blur(images, S / 8), torch.zeros_like(images)
+        # The caller may have turned gradients off. What was made in inference mode has to be
+        # copied before a backward pass can use it.
+        with torch.inference_mode(False), torch.enable_grad():
+            images = images.detach().clone()
+            if targets is None:
+                targets = self.model(images.clone()).argmax(1)
+            else:
+                targets = targets.clone()
+            if self.uses_layer:
+                maps = self.layer_maps(images, targets)
+            else:
+                maps = self.masked_gradients(images, targets)
+        if normalize:
+            maps = normalize_maps(maps)
+        return maps
+
+    def gradients(self, images, targets, of_layer=False):
+        """Return gradients of the targets' logits with respect to images, or to activations."""
+        images = images.detach().requires_grad_()
+        logits = self.model(images.clone())  # (B, C, H, W) -> (B, K)
+        total = logits.gather(1, targets[:, None]).sum()  # each image has its own logit in it
+        inputs = self.activations if of_layer else images
+        return torch.autograd.grad(total, inputs)[0]
+
+    def layer_maps(self, images, targets):
+        """Return the maps of gradcam or hirescam, at least 0."""
+        gradients = self.gradients(images, targets, of_layer=True)  # (B, C, h, w)
+        activations = self.activations.detach()
+        self.activations = None  # it keeps the whole forward pass in memory
+        if self.method == "gradcam":
+            gradients = gradients.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
+        maps = (gradients * activations).sum(1, keepdim=True).relu()  # (B, 1, h, w)
+        return F.interpolate(maps, images.shape[2:], mode="bilinear")[:, 0]  # (B, H, W)
+
+    def masked_gradients(self, images, targets):
+        """Return what each pixel adds to the logit, averaged over images with masked parts.
+
+        Masked parts are replaced by the blurred image, then by 0, the mean of normalized images:
+        each alone hides some evidence. A pixel adds its gradient times (image - replacement). Masks
+        are smooth and random, as in RISE, Petsiuk et al. 2018, arXiv:1806.07421; the mean over
+        masks of all sizes estimates Shapley values, Okhrati & Lipani 2020, arXiv:2010.12082.
+        """
+        size = images.shape[2:]
+        blurred = blur(images, min(size) / 8)
+        mean = torch.zeros_like(images)
+        generator = torch.Generator().manual_seed(0)
+        total = 0
         for i in range(NUM_MASKS):
-            share, cells = (i + 0.5) / NUM_MASKS, (4, 8)[i % 2]
-            mask = (torch.rand(1, 1, cells, cells, generator=generator) < share).to(images)
-            mask = share if straight else F.interpolate(mask, (S, S), mode="bilinear")
-            for replacement in replacements:
-                gradients = self.gradients(torch.lerp(replacement, images, mask), classes)
-                total = total + (gradients * (images - replacement)).sum(2)
-        return total / (2 * NUM_MASKS)
-
-    @torch.enable_grad()
-    def __call__(self, images, targets=None, others=None, normalize=True):
-        """Maps (B, S, S) of normalized images (B, C, S, S) for classes `targets`, int64 (B,).
-
-        `targets` default to the predicted classes, `others`, which finercam and contrast subtract,
-        to the most likely of the rest. Maps are in [0, 1]; at least 0 with normalize=False.
-        """
-        logits = self.model(images).detach()
-        targets = logits.argmax(1) if targets is None else targets
-        second = logits.scatter(1, targets[:, None], -torch.inf).argmax(1)
-        classes, methods = [targets, second if others is None else others], self.methods
-        gradients = self.gradients(images, classes, at_layer=True)
-        maps = layer_maps(self.activations.detach(), *gradients)
-        for method, values in maps.items():
-            maps[method] = F.interpolate(values.relu(), images.shape[2:], mode="bilinear")[:, 0]
-        smooth = lambda values: blur(values.relu(), 1.0)  # unsmoothed maps are worse to insert
-        if "integrated-gradients" in methods:
-            maps["integrated-gradients"] = smooth(self.integrate(images, classes[:1], True)[0])
-        if not {"masked-gradients", "contrast", "combined"}.isdisjoint(methods):
-            values = self.integrate(images, classes[: 1 + ("contrast" in methods)])
-            maps["masked-gradients"] = smooth(values[0])
-            maps["contrast"] = smooth(values[0] - values[-1])
-            # As in Guided Grad-CAM. Times 0 to 1, photographs lose 0.03 of insertion; not
-            # multiplied, `shapes` lose 0.09 of the pointing game: n = 120.
-            maps["combined"] = maps["masked-gradients"] * (0.5 + normalize_map(maps["gradcam++"]))
-        maps = {k: normalize_map(maps[k]) if normalize else maps[k] for k in methods}
-        return maps if self.method == methods else maps[self.method]
+            # A mask keeps a share of 4x4 or 8x8 cells: almost none at first, almost all at last.
+            share = (i + 0.5) / NUM_MASKS
+            cells = 4 if i % 2 == 0 else 8
+            kept = torch.rand(1, 1, cells, cells, generator=generator) < share
+            mask = F.interpolate(kept.to(images), size, mode="bilinear")  # (1, 1, H, W)
+            for replacement in (blurred, mean):
+                masked = torch.lerp(replacement, images, mask)
+                gradients = self.gradients(masked, targets)
+                total = total + (gradients * (images - replacement)).sum(1)  # (B, H, W)
+        maps = total / (2 * NUM_MASKS)
+        # Pixels that speak against the class are left out. Without the blur, maps insert worse.
+        return blur(maps.relu(), 1.0)
 
 
-def is_spatial(shape):
-    """Whether an output of this shape, batch left out, has a grid of rows and columns."""
-    return len(shape) == 3 and min(shape[1:]) > 1
+def blur(images, std):
+    """Return (..., H, W) blurred by a Gaussian of `std` pixels, with nothing from outside."""
+
+    def kernel(size):
+        index = torch.arange(size, device=images.device)
+        square = (index[:, None] - index) ** 2
+        return (-square / (2 * std**2)).softmax(1)  # (size, size)
+
+    height, width = images.shape[-2:]
+    return kernel(height) @ images @ kernel(width).T
+
+
+def normalize_maps(maps):
+    """Return (..., H, W) stretched to [0, 1], each map by itself; a constant one becomes 0."""
+    low = maps.amin((-2, -1), keepdim=True)
+    high = maps.amax((-2, -1), keepdim=True)
+    varies = high - low > 1e-5 * torch.maximum(high.abs(), low.abs())  # by more than rounding
+    span = torch.where(varies, high - low, 1)
+    return torch.where(varies, (maps - low) / span, 0)
+
+
+# --- measures of maps ---
+
+
+def center_maps(images):
+    """Return maps (B, H, W) of a blob in the center, which knows neither image nor network."""
+
+    def bell(size):
+        index = torch.arange(size, device=images.device) - (size - 1) / 2
+        return (-((index / (size / 4)) ** 2) / 2).exp()
+
+    B, _, height, width = images.shape
+    blob = bell(height)[:, None] * bell(width)
+    return normalize_maps(blob.expand(B, height, width))
+
+
+def pixel_ranks(maps, generator):
+    """Return ranks of pixels (B, 1, H, W), 0 for the most salient; ties are in random order.
+
+    In another order, the first rows of an image would be preferred wherever its map is 0.
+    """
+    B, height, width = maps.shape
+    shuffle = torch.rand(B, height * width, generator=generator).argsort(1).to(maps.device)
+    shuffled = maps.flatten(1).gather(1, shuffle)
+    order = shuffle.gather(1, shuffled.argsort(dim=1, descending=True, stable=True))
+    ranks = order.argsort(1)  # the inverse permutation
+    return ranks.view(B, 1, height, width)
 
 
 @torch.no_grad()
-def layer_shapes(model, device):
-    """{dotted name: output shape, batch left out} of every module, and of the image."""
-    shapes = {IMAGE: (3, IMAGE_SIZE, IMAGE_SIZE)}
-    with ExitStack() as stack:
-        for name, module in list(model.named_modules())[1:]:
-            hook = lambda _, args, output, name=name: shapes.update({name: tuple(output.shape[1:])})
-            stack.enter_context(module.register_forward_hook(hook))
-        model(torch.zeros(1, *shapes[IMAGE], device=device))
-    return shapes
+def insertion_and_deletion(maps, images, model, targets, generator):
+    """Return (insertion, deletion), each (B,): mean probabilities of the targets.
+
+    Pixels are put into the blurred image, or replaced by 0, the mean of normalized images, the most
+    salient first. Petsiuk et al. 2018, arXiv:1806.07421.
+    """
+    ranks = pixel_ranks(maps, generator)
+    num_pixels = maps[0].numel()
+    blurred = blur(images, BLUR_STD)
+    mean = torch.zeros_like(images)
+
+    def probability(images):
+        return model(images).softmax(1).gather(1, targets[:, None])[:, 0]
+
+    insertion = 0
+    deletion = 0
+    for step in range(STEPS):
+        # Half a step further, for the area under the curve by the midpoint rule.
+        count = num_pixels * (2 * step + 1) // (2 * STEPS)
+        salient = ranks < count
+        insertion = insertion + probability(torch.where(salient, images, blurred))
+        deletion = deletion + probability(torch.where(salient, mean, images))
+    return insertion / STEPS, deletion / STEPS
+
+
+def pointing_games(maps, masks):
+    """Return (pointing, inside), each (B,): shares of a map's maxima and of its sum in its mask.
+
+    `masks`, bool (B, H, W), mark objects. There is mostly one maximum; a map of zeros is uniform.
+    Zhang et al. 2016, arXiv:1608.00507, without its tolerance; Wang et al. 2020, arXiv:1910.01279.
+    """
+
+    def share_in_mask(values):
+        return (values * masks).sum((1, 2)) / values.sum((1, 2))
+
+    top = maps.amax((1, 2), keepdim=True)
+    pointing = share_in_mask(maps == top)
+    inside = share_in_mask(torch.where(top > 0, maps, 1))
+    return pointing, inside
+
+
+def run_metrics(args, ckpt, model, normalize, device):
+    """Measure maps of the predicted classes: a table on stdout, and gradcam_metrics.csv."""
+    dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, device)
+    total = len(dataset.test_images)
+    if not 2 <= args.metrics <= total:
+        possible = f"it takes 2 to {total:,} test images of {dataset.name}"
+        raise UsageError(f"--metrics {args.metrics}: {possible}")
+    path = writable_dir(args.out or args.ckpt.parent) / "gradcam_metrics.csv"
+    print(f"{args.metrics:,} test images of {dataset.name}", flush=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    indices = torch.randperm(total, generator=generator)[: args.metrics].to(device)
+
+    measures = ["insertion", "deletion"]
+    if dataset.test_masks is not None:  # only `shapes` has them
+        measures += ["pointing", "inside"]
+    results = defaultdict(list)  # {(map, measure): a tensor (B,) for each batch}
+    done = 0
+    with ProgressBar("measuring", len(indices)) as bar:
+        for batch in indices.split(BATCH_SIZE):
+            # The maps of these images, by every method.
+            images = normalize(dataset.test_images[batch])
+            with torch.no_grad():
+                targets = model(images).argmax(1)
+            maps = {"center": center_maps(images)}
+            for method in METHODS:
+                with GradCAM(model, args.layer, method) as cam:
+                    maps[method] = cam(images, targets)
+
+            # What each measure says of them.
+            for name, saliency in maps.items():
+                insertion, deletion = insertion_and_deletion(
+                    saliency, images, model, targets, generator
+                )
+                results[name, "insertion"].append(insertion)
+                results[name, "deletion"].append(deletion)
+                if dataset.test_masks is not None:
+                    pointing, inside = pointing_games(saliency, dataset.test_masks[batch])
+                    results[name, "pointing"].append(pointing)
+                    results[name, "inside"].append(inside)
+            done += len(batch)
+            bar.update(done)
+
+    # Means over images and their standard errors: a row for each map.
+    rows = []
+    lines = []
+    for name in ("center", *METHODS):
+        row = {"dataset": dataset.name, "n": len(indices), "layer": args.layer, "map": name}
+        line = [name]
+        for measure in measures:
+            values = torch.cat(results[name, measure]).cpu().double()
+            mean = values.mean().item()
+            error = values.std().item() / len(values) ** 0.5
+            row[measure] = mean
+            row[f"{measure}_se"] = error
+            line.append(f"{mean:.3f} +- {error:.3f}")
+        rows.append(row)
+        lines.append(line)
+    write_csv(path, rows)
+    print("\n" + markdown_table(["map", *measures], lines))
+    print("\nmean +- standard error; the lower the deletion, and the higher the others, the better")
+    print(f"saved {path}")
+
+
+# --- the picture ---
+
+
+def choose_test_images(args, names, dataset, logits):
+    """Choose test images at random, one of each actual class in turn: (what they are, indices)."""
+    labels = dataset.test_labels
+    is_correct = logits.argmax(1) == labels
+    if args.correct:
+        candidates = is_correct
+        title = f"correctly classified test images of {dataset.name}"
+    else:
+        candidates = ~is_correct
+        title = f"misclassified test images of {dataset.name}"
+    if args.class_name is not None:
+        candidates = candidates & (labels == names.index(args.class_name))
+        title += f", {args.class_name}"
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    indices = order[class_balanced_indices(labels[order], candidates[order], args.n)]
+    if len(indices) == 0:
+        raise UsageError(f"there are no {title}")
+    if len(indices) < args.n:
+        print(f"there are only {len(indices)} {title}")
+    return title, indices
+
+
+def file_names(paths):
+    """Return names of files; where two are the same, with the folders in which they differ."""
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        paths = [path.absolute() for path in paths]
+        shared = os.path.commonpath([path.parent for path in paths])
+        names = [str(path.relative_to(shared)) for path in paths]
+    return [printable(name) for name in names]
+
+
+def enlarge(images, high):
+    """Return (n, C, S, S) in [0, high] at eight times the size, bicubic."""
+    return F.interpolate(images.float(), scale_factor=8, mode="bicubic").clamp(0, high)
+
+
+def run_picture(args, ckpt, model, normalize, runtime):
+    """Draw maps of two classes over each image: gradcam.png, and a line for each on stdout."""
+    names = ckpt["class_names"]
+    if args.image:
+        images = torch.stack([load_image(path) for path in args.image]).to(runtime.device)
+        logits = runtime.predict(model, normalize, images)
+        title = "the two most likely classes"
+        image_names = file_names(args.image)
+    else:
+        dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
+        logits = runtime.predict(model, normalize, dataset.test_images)
+        title, indices = choose_test_images(args, names, dataset, logits)
+        images = dataset.test_images[indices]
+        logits = logits[indices]
+        image_names = [f"test image {i}" for i in indices.tolist()]
+    path = writable_dir(args.out or args.ckpt.parent) / "gradcam.png"
+
+    # Two classes of each image, (n, 2): the most likely one, and the actual one if it is another.
+    targets = logits.topk(min(2, len(names))).indices
+    roles = ["predicted", "second"]
+    if not args.image and not args.correct:
+        targets[:, 1] = dataset.test_labels[indices]
+        roles = ["predicted", "actual"]
+    percents = 100 * logits.softmax(1).gather(1, targets)
+
+    captions = []
+    for i, image_name in enumerate(image_names):
+        pair = []
+        for role, k, percent in zip(roles, targets[i].tolist(), percents[i].tolist()):
+            pair.append(f"{role}\n{percent:.0f} % {names[k]}")
+        captions.append(pair)
+        print(f"{image_name}: {', '.join(pair)}".replace("\n", " "))
+
+    inputs = normalize(images)
+    maps = {}
+    for method in [args.method] if args.method else SHOWN:
+        with GradCAM(model, args.layer, method) as cam:
+            pair = [cam(inputs, classes, normalize=False) for classes in targets.T]
+        values = torch.stack(pair, dim=1)  # (n, 2, 32, 32)
+        # The maps of an image have one scale, so that the brighter one is the stronger evidence.
+        largest = values.amax((1, 2, 3), keepdim=True)
+        head = METHODS[method]
+        if cam.uses_layer and args.layer != LAYER:
+            head += f" at {args.layer}"
+        maps[head] = enlarge(values / largest.clamp(min=1e-12), 1)
+    figure = plots.heat_maps(enlarge(images, 255).byte(), image_names, maps, captions, title)
+    plots.save_figure(figure, path)
+    print(f"saved {path}")
+
+
+# --- the script ---
 
 
 def parse_args():
     parser = Parser(description="Show where the network looks, in test images or in yours.")
     add = parser.add_argument
     add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
-    add("--method", default=METHOD, choices=METHODS, help="the contrasts are finercam and contrast")
-    add("--layer", metavar="NAME", help=f"whose gradients are taken (default: {LAYER})")
-    add("--list-layers", action="store_true", help="print layers and whether they have a grid")
     add("--n", type=positive_int, default=10, help="test images to show, of each class in turn")
+    add("--image", nargs="+", type=Path, metavar="FILE", help="show these instead of test images")
     add("--correct", action="store_true", help="show correctly classified test images")
     add("--class", dest="class_name", metavar="CLASS", help="show test images of this class")
-    add("--image", nargs="+", type=Path, metavar="FILE", help="show these instead of test images")
-    add("--target", metavar="CLASS", help="explain this class, not those predicted or actual")
-    add("--save-maps", type=Path, metavar="FILE", help="also save the maps, unscaled, as .npy")
-    add("--metrics", nargs="?", type=positive_int, const=1000, metavar="N",
-        help="instead, measure all methods on N test images (default: 1000)")  # fmt: skip
-    add("--seed", type=seed_int, default=1, help="of the choice of test images and random maps")
-    add_data_arguments(parser, default=None)
-    add_device_arguments(parser)
+    add("--method", choices=METHODS, help=f"show this one alone (default: {' and '.join(SHOWN)})")
+    add("--layer", default=LAYER, choices=LAYERS, help="of gradcam and hirescam")
+    help = "instead, measure all methods on N test images (1000 where N is left out)"
+    add("--metrics", nargs="?", type=positive_int, const=1000, metavar="N", help=help)
+    add("--seed", type=seed_int, default=1, help="of the choice of test images")
+    add_run_data_arguments(parser)
+    add_device_argument(parser)
     add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
     args = parser.parse_args()
-    if args.layer not in (None, IMAGE) and args.method in MASK_METHODS:
-        parser.error(f"--layer: {args.method} is computed at the image")
-    of_tests = args.correct or args.class_name
-    shown = args.image or of_tests or args.target or args.save_maps
-    if (args.image and of_tests) or (args.metrics and shown):
-        parser.error("--metrics shows no images, --image no test images (--correct, --class)")
+    if args.image and (args.correct or args.class_name):
+        parser.error("--image shows no test images (--correct, --class)")
+    if args.metrics and (args.image or args.correct or args.class_name or args.method):
+        parser.error("--metrics shows no images, and measures every method")
+    if args.method == "masked-gradients" and args.layer != LAYER:
+        parser.error("--layer: masked-gradients are computed at the image")
     return args
 
 
 def main():
     args = parse_args()
-    choices = (args.precision, args.kernels) if args.metrics else ("fp32", "torch")  # as the maps
-    runtime = Runtime(args.device, *choices)
+    runtime = Runtime(args.device, "fp32", "torch")
     model, ckpt = load_checkpoint(args.ckpt, runtime.device)
-    shapes = layer_shapes(model, runtime.device)
-    layers = [name for name, shape in shapes.items() if is_spatial(shape)]
-    if args.list_layers:
-        for name, shape in shapes.items():
-            print(f"{name:<28} {shape!s:<14} {'has a grid' if name in layers else 'no grid'}")
-        return
-    if args.layer not in (None, *layers):
-        raise UsageError(f"--layer {args.layer}: layers with a grid are {', '.join(layers)}")
-    for flag, name in (("--class", args.class_name), ("--target", args.target)):
-        if name is not None and name not in ckpt["class_names"]:
-            raise UsageError(f"{flag} {name}: the classes are {', '.join(ckpt['class_names'])}")
+    names = ckpt["class_names"]
+    if args.class_name is not None and args.class_name not in names:
+        raise UsageError(f"--class {args.class_name}: the classes are {', '.join(names)}")
     print(f"{runtime.describe()}\nloading images", flush=True)
     normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)
-    run = run_metrics if args.metrics else run_overlays
-    run(args, ckpt, model, runtime, normalize)
-
-
-@torch.no_grad()
-def run_metrics(args, ckpt, model, runtime, normalize):
-    """Measure all methods, for the predicted classes: gradcam_metrics.csv, a table on stdout."""
-    dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
-    N, total, name = args.metrics, len(dataset.test_images), printable(dataset.name)
-    if not 2 <= N <= total:
-        raise UsageError(f"--metrics {N}: it takes 2 to {total:,} test images of {name}")
-    path = writable_dir(args.out or args.ckpt.parent) / "gradcam_metrics.csv"
-    generator, results = torch.Generator().manual_seed(args.seed), []
-    indices = torch.randperm(total, generator=generator)[:N].to(runtime.device)
-    print(f"{N:,} test images of {name}", flush=True)
-
-    def explain(model, images):
-        with GradCAM(model, args.layer, METHODS) as cam:
-            return cam(images, targets[: len(images)])
-
-    score = lambda x: runtime.logits(model, x).softmax(1).gather(1, targets[:, None])[:, 0]
-    bar = ProgressBar("measuring", N)
-    for batch in indices.split(BATCH_SIZE):
-        images = normalize(dataset.test_images[batch])
-        masks = None if dataset.test_masks is None else dataset.test_masks[batch]
-        targets, measures = runtime.logits(model, images).argmax(1), {}
-        maps = faithfulness.baselines(images, generator) | explain(model, images)
-        for i, (k, saliency) in enumerate(maps.items(), 1):
-            measures[k] = faithfulness.evaluate(saliency, images, masks, score, generator)
-            bar.update(len(results) * BATCH_SIZE + len(batch) * i // len(maps))
-        if not results:
-            found = faithfulness.randomization(explain, model, images[:SANITY_IMAGES], generator)
-            measures = {k: measures[k] | found.get(k, {}) for k in measures}
-        results.append(measures)
-    bar.clear()
-    rows = faithfulness.summarize(results, dataset=name, n=N, layer=args.layer or "default")
-    write_csv(path, rows)
-    print(f"\n{faithfulness.table(rows)}\n\nmean +- standard error\nsaved {path}")
-
-
-def select_test_images(args, ckpt, model, runtime, normalize):
-    """Images in random order, one of each actual class in turn: title, images, labels, logits."""
-    dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, runtime.device)
-    logits, labels = runtime.predict(model, normalize, dataset.test_images), dataset.test_labels
-    kind = f"{'correctly classified' if args.correct else 'misclassified'} test images"
-    mask = (logits.argmax(1) == labels) == args.correct
-    if args.class_name is not None:
-        mask &= labels == ckpt["class_names"].index(args.class_name)
-    if args.n > mask.sum():
-        raise UsageError(f"--n {args.n}: {dataset.name} has {mask.sum()} {kind}")
-    generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(labels), generator=generator).to(labels.device)
-    indices = order[class_balanced_indices(labels[order], mask[order], args.n)]
-    images = dataset.test_images[indices]
-    return f"{dataset.name}, {kind}", images, labels[indices], logits[indices]
-
-
-def run_overlays(args, ckpt, model, runtime, normalize):
-    """Draw maps over images: gradcam.png, and a line for each image."""
-    names = [printable(name) for name in ckpt["class_names"]]
-    if args.image:
-        title, titles = "images", [printable(path.name) for path in args.image]
-        images = torch.stack([load_image(path) for path in args.image]).to(runtime.device)
-        logits = runtime.predict(model, normalize, images)
-        targets, target_names = logits.topk(min(3, len(names))).indices, ["1st", "2nd", "3rd"]
+    if args.metrics:
+        run_metrics(args, ckpt, model, normalize, runtime.device)
     else:
-        title, images, labels, logits = select_test_images(args, ckpt, model, runtime, normalize)
-        titles = [names[label] for label in labels]
-        targets, target_names = logits.topk(min(2, len(names))).indices, ["predicted", "second"]
-        if not args.correct:
-            targets[:, 1], target_names[1] = labels, "actual"
-    if args.target is not None:
-        target = ckpt["class_names"].index(args.target)
-        targets, target_names = torch.full_like(targets[:, :1], target), ["target"]
-    path = writable_dir(args.out or args.ckpt.parent) / "gradcam.png"
-    inputs = normalize(images)
-    others = targets.flip(1).T if len(target_names) == 2 else [None] * len(target_names)
-    with GradCAM(model, args.layer, args.method) as cam:
-        maps = [cam(inputs, *pair, normalize=False) for pair in zip(targets.T, others)]
-    maps = torch.stack(maps, dim=1)  # (n, M, S, S)
-    scaled = maps / maps.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # comparable in an image
-    captions, percents = [], (100 * logits.softmax(1).gather(1, targets)).tolist()
-    for name, classes, values in zip(titles, targets.tolist(), percents):
-        captions.append([f"{value:.0f} % {names[k]}" for k, value in zip(classes, values)])
-        print(f"{name}: {', '.join(map(' '.join, zip(target_names, captions[-1])))}")
-    title = f"{title}\n{args.method} at {cam.layer}"
-    figure = plots.heat_maps(images, titles, scaled, captions, target_names, title)
-    plots.save_figure(figure, path)
-    print(f"saved {path}")
-    if args.save_maps:
-        with atomic_write(args.save_maps) as temporary, open(temporary, "wb") as file:
-            np.save(file, maps.cpu().numpy())
-        print(f"saved {args.save_maps}, float32 {tuple(maps.shape)}")
+        run_picture(args, ckpt, model, normalize, runtime)
 
 
 if __name__ == "__main__":

@@ -7,42 +7,359 @@
     torchrun --nproc-per-node=8 train.py                # one run on eight GPUs
 
 A run writes best.pt, last.pt, history.csv, config.json and curves.png to a folder under runs/;
-best.pt beside runs/ is that of the newest run. last.pt, from which a run resumes, is written at the
-start, after every epoch, every --save-every steps, and on SIGINT and SIGTERM.
+best.pt beside runs/ is a copy of the one that was written last. last.pt, from which a run resumes,
+is written after every epoch.
 """
 
 import argparse
-import contextlib
-from cli import (
-    Parser, RunError, UsageError, add_data_arguments, add_device_arguments, atomic_write,
-    first_line, positive_float, positive_int, printable, remove_stale_temp_files, run_script,
-    seed_int, sha256, writable_dir, writable_file,
-)  # fmt: skip
-
+import copy
 import dataclasses
 import datetime
 import json
+import math
 import os
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import textwrap
+import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from cli import Parser, ProgressBar, RunError, UsageError, add_data_arguments, add_runtime_arguments
+from cli import atomic_write, positive_float, positive_int, printable, run_script, seed_int
+from cli import writable_dir, writable_file, write_csv
+
+import torch
+import torch.nn.functional as F
 
 import data
 import plots
-from runtime import Runtime, elastic_run_id, versions
-from schedule import RECIPES, Recipe, with_overrides
-from trainer import Run, Trainer, load_checkpoint
+from augment import Normalize, augment, epoch_plan
+from checkpoint import load_checkpoint, save_checkpoint, why_tensors_differ
+from evaluate import loss_and_accuracy
+from optim import average_weight, build_optimizers, build_schedule, set_lr_momentum
+from recipes import RECIPES, Recipe, with_overrides
+from runtime import Runtime, versions
+from vit import build_model
+
+# --- the training ---
+
+
+class Trainer:
+    """Model, optimizers and schedule of a training.
+
+    `averaged_model`, which is evaluated, is a running mean of the weights of `model`, or `model`
+    itself where the recipe has no average. Raises UsageError for a batch that is larger than the
+    dataset.
+    """
+
+    def __init__(self, recipe, dataset, runtime, seed):
+        count = len(dataset.train_images)
+        if recipe.batch_size > count:
+            raise UsageError(f"batch_size {recipe.batch_size} is more than the {count:,} images")
+        self.recipe = recipe
+        self.dataset = dataset
+        self.runtime = runtime
+        self.seed = seed
+        self.normalize = Normalize(dataset.mean, dataset.std, runtime.device)
+        self.steps_per_epoch = math.ceil(count / recipe.batch_size)
+        self.schedule = build_schedule(recipe, self.steps_per_epoch)
+        self.totals = torch.zeros(2, device=runtime.device)  # sum of losses, correct predictions
+
+        self.model = build_model(recipe, dataset.num_classes, seed, runtime.device)
+        runtime.prepare(self.model)
+        # Machines may differ in the last bits of an initialization.
+        runtime.ranks.broadcast(self.model.parameters())
+        self.averaged_model = self.model
+        if recipe.weight_avg_frac:
+            self.averaged_model = copy.deepcopy(self.model)
+
+        # On a GPU, Triton kernels make the whole step and hold the optimizers' state.
+        # fused_step is None where PyTorch trains.
+        self.fused_step = None
+        if runtime.finds_triton():
+            from kernels.step import checked_step  # Triton is not on every platform
+
+            self.fused_step = checked_step(self)
+            if self.fused_step is None:
+                runtime.kernels = "torch"  # they fail here: the next training need not try
+        self.optimizers = []
+        if self.fused_step is None:
+            self.optimizers = build_optimizers(recipe, self.model)
+
+    def begin_epoch(self, epoch, lrs=None, momenta=None):
+        """Draw the plan of epoch `epoch`, counted from 0.
+
+        lrs and momenta have a value for each of its steps; by default they are the schedule's.
+        """
+        if lrs is None:
+            lrs = []
+            momenta = []
+            for i in range(self.steps_per_epoch):
+                lr, momentum = self.schedule(epoch * self.steps_per_epoch + i)
+                lrs.append(lr)
+                momenta.append(momentum)
+        count = len(self.dataset.train_images)
+        size = self.dataset.train_images.shape[-1]
+        device = self.runtime.device
+        self.plan = epoch_plan(self.recipe, count, size, self.seed, epoch, device)
+        self.epoch = epoch
+        self.lrs = lrs
+        self.momenta = momenta
+        if self.fused_step is not None:
+            self.fused_step.begin_epoch(epoch, self.plan, lrs, momenta)
+
+    def step(self, i):
+        """Train on batch i of the epoch's plan; adds its loss and correct predictions to `totals`.
+
+        In PyTorch on a CPU, where it costs nothing, raises RunError for a loss that is not finite.
+        """
+        if self.fused_step is not None:
+            self.fused_step.step(i)
+            return
+        recipe = self.recipe
+        dataset = self.dataset
+        ranks = self.runtime.ranks
+
+        # This rank's share of the batch, b images of the dataset, augmented as the plan says.
+        batch = self.plan.at(slice(i * recipe.batch_size, (i + 1) * recipe.batch_size))
+        batch_size = len(batch.indices)  # the last one is smaller
+        start, stop = ranks.shard(batch_size)
+        rows = batch.at(slice(start, stop))
+        images = dataset.train_images.index_select(0, rows.indices)  # (b, 3, 32, 32), uint8
+        images = augment(images, rows, recipe, self.normalize)  # (b, 3, 32, 32), float32
+        labels = dataset.train_labels[rows.indices]  # (b,)
+
+        # Forward and backward: gradients of the mean loss over the whole batch.
+        logits = self.runtime.logits(self.model, images)  # (b, K)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        self.model.zero_grad()
+        (loss / batch_size).backward()
+
+        # One all_reduce a step sums gradients, losses and correct predictions over ranks.
+        params = list(self.model.parameters())
+        grads = [p.grad for p in params]
+        correct = (logits.detach().argmax(1) == labels).sum()
+        stats = torch.stack([loss.detach(), correct])
+        if ranks.world_size > 1:
+            all_reduce_list(ranks, [*grads, stats])
+        self.totals += stats
+        if self.runtime.device.type == "cpu" and not stats[0].isfinite():
+            raise self.not_finite_error("the loss", i)
+
+        # Update the weights, then their average.
+        with torch.no_grad():
+            if recipe.l1:  # the gradient of the L1 norm is the sign
+                torch._foreach_add_(grads, torch._foreach_sign(params), alpha=recipe.l1)
+            set_lr_momentum(self.optimizers, self.lrs[i], self.momenta[i], recipe.adamw_lr_scale)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if recipe.weight_avg_frac:
+                steps_done = self.epoch * self.steps_per_epoch + i + 1
+                weight = average_weight(recipe, steps_done)
+                torch._foreach_lerp_(list(self.averaged_model.parameters()), params, weight)
+
+    def end_epoch(self):
+        """Return mean cross entropy and accuracy in percent over the steps of the epoch.
+
+        Raises RunError for a loss or a weight that is not finite.
+        """
+        self.check_finite()
+        loss, correct = self.totals.tolist()
+        self.totals.zero_()
+        count = len(self.dataset.train_images)
+        return loss / count, 100 * correct / count
+
+    def check_finite(self):
+        """Raise RunError if the sum of losses or a weight is not finite.
+
+        It names the last step of the epoch; it may have happened in any step before.
+        """
+        last = self.steps_per_epoch - 1
+        if not self.totals.isfinite().all():
+            raise self.not_finite_error("the loss", last)
+        for name, p in self.model.named_parameters():
+            if not p.isfinite().all():
+                raise self.not_finite_error(name, last)
+
+    def not_finite_error(self, name, i):
+        """Return the RunError about what is not finite after step i of the epoch."""
+        place = f"epoch {self.epoch + 1}, step {i + 1}, lr {self.lrs[i]:.4g}"
+        return RunError(f"{place}: {name} is not finite; is the lr too high?")
+
+    def state_dict(self):
+        """Return weights and the optimizers' averages of gradients: three dicts {name: tensor}.
+
+        They are the same whether Triton kernels or PyTorch train. The tensors are no copies:
+        training changes them.
+        """
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        if self.fused_step is not None:
+            return {"weights": weights, **self.fused_step.named_state()}
+        exp_avg = {}
+        exp_avg_sq = {}
+        for name, p in self.model.named_parameters():
+            for optimizer in self.optimizers:
+                state = optimizer.state.get(p, {})
+                if "exp_avg" in state:
+                    exp_avg[name] = state["exp_avg"]
+                if "exp_avg_sq" in state:
+                    exp_avg_sq[name] = state["exp_avg_sq"]
+        return {"weights": weights, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+    def load_state_dict(self, state, steps_done):
+        """Copy a state_dict, taken after `steps_done` steps, into this trainer, from any device."""
+        for key, tensors in self.state_dict().items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[key][name])
+        for optimizer in self.optimizers:
+            for values in optimizer.state.values():
+                if "step" in values:  # AdamW's count
+                    values["step"].fill_(steps_done)
+
+
+def all_reduce_list(ranks, tensors):
+    """Sum a list of tensors over ranks, in place, in one all_reduce."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    ranks.all_reduce_sum(flat)
+    pieces = flat.split([t.numel() for t in tensors])
+    for tensor, piece in zip(tensors, pieces):
+        tensor.copy_(piece.view(tensor.shape))
+
+
+# --- a run: epochs, their log and files ---
+
+HEAD = "{:>5} {:>10} {:>8} {:>10} {:>9} {:>9} {:>8} {:>7}"
+ROW = "{:>5} {:>10.6f} {:>8.4f} {:>10.4f} {:>9.2f} {:>9.4f} {:>8.2f} {:>7.2f}"
+
+
+@dataclass
+class Run:
+    """A training and its files; the history has a dict for each epoch that is done."""
+
+    trainer: Trainer
+    folder: Path | None  # None for other ranks than 0, which write nothing
+    config: dict
+    history: list
+
+    @property
+    def split(self):
+        """What is evaluated: "test", or "val" for held-out training images."""
+        return "val" if self.config["val_split"] else "test"
+
+
+def train(run):
+    """Train from epoch len(run.history) to the last; evaluate, log and save after each."""
+    trainer = run.trainer
+    dataset = trainer.dataset
+    num_epochs = trainer.recipe.epochs
+    num_steps = trainer.steps_per_epoch
+    if len(run.history) == num_epochs:
+        print("the run is finished: nothing is left to do")
+        return
+    loss_head = f"{run.split} loss"
+    heads = ["epoch", "lr", "momentum", "train loss", "acc %", loss_head, "acc %", "seconds"]
+    print(HEAD.format(*heads), flush=True)
+
+    for epoch in range(len(run.history), num_epochs):
+        started = time.perf_counter()
+
+        # Train on every image once.
+        trainer.begin_epoch(epoch)
+        with ProgressBar(f"epoch {epoch + 1}/{num_epochs}", num_steps) as progress:
+            for i in range(num_steps):
+                trainer.step(i)
+                progress.update(i + 1, partial(progress_text, trainer, epoch, i, started))
+        train_loss, train_accuracy = trainer.end_epoch()
+
+        # Evaluate the averaged weights.
+        model = trainer.averaged_model
+        logits = trainer.runtime.predict(model, trainer.normalize, dataset.test_images)
+        loss, accuracy = loss_and_accuracy(logits, dataset.test_labels)
+
+        # Log it, with the lr and momentum that the epoch began with, and save.
+        lr, momentum = trainer.schedule(epoch * num_steps)
+        row = {
+            "epoch": epoch + 1,
+            "lr": lr,
+            "momentum": momentum,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            f"{run.split}_loss": loss,
+            f"{run.split}_accuracy": accuracy,
+            "seconds": time.perf_counter() - started,
+        }
+        run.history.append(row)
+        print(ROW.format(*row.values()), flush=True)
+        save_epoch(run)
+
+
+def progress_text(trainer, epoch, i, started):
+    """Return loss and accuracy of the epoch so far, and the time left of the run."""
+    steps_done = i + 1
+    images = min(steps_done * trainer.recipe.batch_size, len(trainer.dataset.train_images))
+    loss, correct = (trainer.totals / images).tolist()
+    steps_left = (trainer.recipe.epochs - epoch) * trainer.steps_per_epoch - steps_done
+    minutes = (time.perf_counter() - started) / steps_done * steps_left / 60
+    return f"loss {loss:.3f}, {100 * correct:.1f} %, run {minutes:.0f} min left"
+
+
+def save_epoch(run):
+    """Write the files of an epoch; last.pt comes last, so an epoch it counts has all its files."""
+    trainer = run.trainer
+    model = trainer.averaged_model
+    accuracies = [row[f"{run.split}_accuracy"] for row in run.history]
+    accuracy = accuracies[-1]
+    best = max(accuracies[:-1], default=0.0)  # so far
+    is_best = accuracy > best or len(accuracies) == 1
+    if is_best:
+        print(f"      accuracy improved from {best:.2f} to {accuracy:.2f}, saving best.pt")
+    if run.folder is None:
+        return
+
+    epoch = len(run.history)
+    if is_best:
+        path = run.folder / "best.pt"
+        save_checkpoint(path, model, trainer.dataset, run.config, epoch, accuracy)
+        runs = Path(os.path.abspath(run.folder)).parent
+        if runs.name == "runs":  # a run that was moved elsewhere changes nothing around it
+            with atomic_write(runs.parent / "best.pt") as temporary:
+                shutil.copyfile(path, temporary)
+    write_csv(run.folder / "history.csv", run.history)
+    state = {**trainer.state_dict(), "history": run.history}
+    path = run.folder / "last.pt"
+    save_checkpoint(path, model, trainer.dataset, run.config, epoch, accuracy, state)
+
+
+def print_result(run):
+    """Draw the curves of a run that is finished, and print its accuracy."""
+    trainer = run.trainer
+    if run.folder is not None:
+        title = f"{trainer.dataset.name}, recipe {run.config['recipe']}, seed {trainer.seed}"
+        figure = plots.training_curves(
+            run.history, trainer.schedule, trainer.steps_per_epoch, title, run.split
+        )
+        plots.save_figure(figure, run.folder / "curves.png")
+    images = "test" if run.split == "test" else "held-out"
+    key = f"{run.split}_accuracy"
+    last = run.history[-1]
+    best = max(run.history, key=lambda row: row[key])
+    print(f"last epoch: {last[key]:.2f} % on {images} images")
+    print(f"best epoch: {best[key]:.2f} % (epoch {best['epoch']}, chosen by it, so too high)")
+
+
+# --- the script ---
 
 OVERRIDES = {"epochs": positive_int, "batch_size": positive_int, "max_lr": positive_float}
-INVALID_STATE = LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError
-# Flags that may differ from those of a resumed run.
-RESUME_FLAGS = ("resume", "data_dir", "save_every")
+RESUME_FLAGS = ("resume", "data", "data_dir", "device")  # all that --resume goes with
 
 
 def parse_args():
-    """(args, explicit): all arguments, and those that were given, None for the others."""
+    """Return (args, names of the flags that were given)."""
     parser = Parser(description="Train the channel-token ViT; ends with an evaluated best.pt.")
     add = parser.add_argument
     add("--recipe", default="default", choices=RECIPES, help="settings, which other flags override")
@@ -50,185 +367,276 @@ def parse_args():
         values = ", ".join(f"{recipe} {getattr(r, name)}" for recipe, r in RECIPES.items())
         help = f"of the training (the recipe's: {values})"
         add(f"--{name.replace('_', '-')}", type=type_, metavar="X", help=help)
-    add("--set", action="append", metavar="NAME=VALUE", help="any setting of schedule.Recipe")
+    add("--set", action="append", metavar="NAME=VALUE", help="any setting of recipes.Recipe")
     add_data_arguments(parser)
     help = "evaluate on N training images, which are not trained on, instead of the test images"
     add("--val-split", type=positive_int, metavar="N", help=help)
-    help = "train on the soft targets of teacher.py, not on the labels"
-    add("--teacher", metavar="FILE", help=help)
-    add_device_arguments(parser)
+    add_runtime_arguments(parser)
     add("--seed", type=seed_int, default=1, help="of weights, order of images and augmentation")
     add("--runs", type=positive_int, default=1, help="number of seeds, counted up from --seed")
-    add("--max-steps", type=positive_int, help="stop after these steps of an unchanged schedule")
-    help = "also write last.pt within an epoch"
-    add("--save-every", type=positive_int, metavar="STEPS", help=help)
-    add("--resume", type=Path, metavar="RUN", help="continue a run: its folder or its last.pt")
+    help = "continue a run, its folder or its last.pt, with the settings it began with"
+    add("--resume", type=Path, metavar="RUN", help=help)
     add("--out", type=Path, default=Path("."), metavar="DIR", help="for runs/ and best.pt")
     args = parser.parse_args()
+    # Parsed again without defaults, what is not None was given.
     absent = argparse.Namespace(**dict.fromkeys(vars(args)))
-    return args, vars(parser.parse_args(namespace=absent))
+    given = parser.parse_args(namespace=absent)
+    return args, [name for name, value in vars(given).items() if value is not None]
 
 
 def main():
-    args, explicit = parse_args()
+    args, given = parse_args()
     if args.resume:
-        return resume(args.resume, explicit)
-    overrides = [f"{n}={getattr(args, n)}" for n in OVERRIDES if getattr(args, n)]
-    recipe = with_overrides(RECIPES[args.recipe], [*(args.set or []), *overrides])
+        runs = [resume_run(args, given)]
+    else:
+        runs = new_runs(args)
+    histories = []
+    for run in runs:
+        try:
+            train(run)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(how_to_resume(run)) from None
+        print_result(run)
+        histories.append(run.history)
+    if len(histories) > 1:
+        print(summarize(histories, run.trainer.dataset.name))
+
+
+def new_runs(args):
+    """Yield a new Run for each seed; its trainer is made when its turn comes."""
+    assignments = list(args.set or [])
+    for name in OVERRIDES:
+        value = getattr(args, name)
+        if value is not None:
+            assignments.append(f"{name}={value}")
+    recipe = with_overrides(RECIPES[args.recipe], assignments)
     runtime = Runtime(args.device, args.precision, args.kernels, distributed=True)
-    if args.teacher and not Path(args.teacher).is_file():
-        raise UsageError(f"--teacher {args.teacher}: no such file; `python teacher.py` writes one")
+    silence_other_ranks(runtime)
     writable_dir(args.out / "runs")
     writable_file(args.out / "best.pt")
-    names = ["recipe", "data", "data_dir", "val_split", "set", "kernels", "max_steps", "save_every"]
-    config = {name: getattr(args, name) for name in names} | {
-        "teacher": args.teacher and str(Path(args.teacher).resolve()),
-        "settings": dataclasses.asdict(recipe),
-        "device": runtime.describe(),
-        "precision": runtime.precision,
-        "elastic_run_id": elastic_run_id()[0],
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-    dataset, data_sha256 = load_dataset(config, runtime)
-    config |= {"data": dataset.spec, "data_sha256": data_sha256}
-    config["teacher_sha256"] = sha256(dataset.teacher_logits)
-    histories = []
+    print_header(runtime, args.recipe, recipe)
+    dataset, data_sha256 = load_dataset(args.data, args.data_dir, args.val_split, runtime)
+
     for seed in range(args.seed, args.seed + args.runs):
-        trainer, dist = Trainer(recipe, dataset, runtime, seed), runtime.dist
-        name = f"{args.recipe}-{dataset.name}-seed{seed}"
-        found = find_or_create_run_dir(args.out / "runs", name, seed) if dist.rank == 0 else None
-        run_dir, restarted = dist.broadcast_object(found)
-        ckpt = load_checkpoint(run_dir / "last.pt", "cpu")[1] if restarted else None
-        if not restarted and dist.rank == 0:
-            with atomic_write(run_dir / "config.json") as temporary:
-                temporary.write_text(json.dumps({**config, "seed": seed}, indent=2) + "\n")
-        histories.append(fit(Run(trainer, run_dir, {**config, "seed": seed}, ckpt)))
-    if args.runs > 1:
-        print(summarize(histories, dataset.name))
+        trainer = Trainer(recipe, dataset, runtime, seed)
+        config = {
+            "recipe": args.recipe,
+            "settings": dataclasses.asdict(recipe),
+            "seed": seed,
+            "data": dataset.spec,
+            "data_dir": os.path.abspath(args.data_dir),
+            "data_sha256": data_sha256,
+            "val_split": args.val_split,
+            "kernels": args.kernels,
+            "precision": runtime.precision,
+            **environment(trainer),
+        }
+        folder = None
+        if runtime.ranks.rank == 0:
+            name = f"{args.recipe}-{dataset.name[:40]}-seed{seed}"
+            folder = make_run_dir(args.out / "runs", name)
+            with atomic_write(folder / "config.json") as temporary:
+                temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        print(f"\nseed {seed}, {dataset.name}, {printable(folder)}")
+        yield Run(trainer, folder, config, history=[])
 
 
-def load_dataset(config, runtime):
-    """The dataset of a run, and its fingerprint before any split; prints what the run is."""
-    print(", ".join(f"{k} {v}" for k, v in versions().items()), git_commit())
+def resume_run(args, given):
+    """Return the Run of a folder or its last.pt, to go on with the bits of an unbroken run.
+
+    Raises UsageError for other flags, other images and a file that does not fit.
+    """
+    for name in given:
+        if name not in RESUME_FLAGS:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{flag}: a resumed run continues with the settings that it began with"
+            )
+    last = args.resume / "last.pt" if args.resume.is_dir() else args.resume
+    if not last.is_file():
+        raise UsageError(f"--resume {args.resume}: no last.pt there, which each epoch writes")
+    if last.is_symlink():
+        last = last.resolve()  # the run that it belongs to lies there
+    _, ckpt = load_checkpoint(last, "cpu")
+    config = ckpt["config"]
+    state = ckpt.get("train_state")
+    if type(state) is not dict:
+        raise UsageError(f"{last} has weights only; the state of its run is in last.pt")
+    recipe = recipe_of(config, last)
+    writable_dir(last.parent, "--resume")
+
+    device = args.device if "device" in given else config.get("device")
+    runtime = Runtime(device, config["precision"], config["kernels"], distributed=True)
+    silence_other_ranks(runtime)
+    print_header(runtime, config["recipe"], recipe)
+    spec = args.data if "data" in given else config["data"]
+    data_dir = args.data_dir if "data_dir" in given else config["data_dir"]
+    dataset, data_sha256 = load_dataset(spec, data_dir, config["val_split"], runtime)
+    if data_sha256 != config["data_sha256"]:
+        raise UsageError(f"{last} was trained on other images, labels or classes than {spec} has")
+
+    trainer = Trainer(recipe, dataset, runtime, config["seed"])
+    reason = why_state_does_not_fit(ckpt, trainer)
+    if reason:
+        raise UsageError(f"{last} does not fit the run that it names: {reason}")
+    history = state["history"]
+    trainer.load_state_dict(state, len(history) * trainer.steps_per_epoch)
+    trainer.averaged_model.load_state_dict(ckpt["model"])
+    for name, value in environment(trainer).items():
+        if config.get(name) != value:
+            line = f"warning: the bits may differ: {name} was {config.get(name)} and is {value}"
+            print(line, file=sys.stderr)
+    # From now on the files of the run name the images and the device where they are now.
+    config["data"] = dataset.spec
+    config["data_dir"] = os.path.abspath(data_dir)
+    config["device"] = runtime.device.type
+    folder = last.parent if runtime.ranks.rank == 0 else None
+    where = f"{printable(folder)}, resumed after epoch {len(history)}"
+    print(f"\nseed {trainer.seed}, {dataset.name}, {where}")
+    return Run(trainer, folder, config, history)
+
+
+# What new_runs writes to a config, and resume_run needs.
+CONFIG_TYPES = {
+    "recipe": str,
+    "settings": dict,
+    "seed": int,
+    "data": str,
+    "data_dir": str,
+    "data_sha256": str,
+    "val_split": int | None,
+    "kernels": str,
+    "precision": str,
+    "device": str,
+}
+
+
+def recipe_of(config, last):
+    """Return the Recipe of a run's config; raises UsageError that names what is wrong in it."""
+    for name, type_ in CONFIG_TYPES.items():
+        if name not in config or not isinstance(config[name], type_):
+            raise UsageError(f"{last}: its config has no valid {name}")
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    if config["settings"].keys() != fields:
+        raise UsageError(f"{last}: its settings are not those of recipes.Recipe")
+    try:
+        return Recipe(**config["settings"])
+    except ValueError as error:
+        raise UsageError(f"{last}: {error}") from None
+
+
+def why_state_does_not_fit(ckpt, trainer):
+    """Return a line about what of a last.pt is not as a run of this trainer leaves it, or None."""
+    state = ckpt["train_state"]
+    for key, expected in trainer.state_dict().items():
+        reason = why_tensors_differ(state.get(key), expected)
+        if reason:
+            return f"{key}: {reason}"
+    history = state.get("history")
+    if type(history) is not list or len(history) != ckpt["epoch"]:
+        return "its history does not have a row for each epoch"
+    if not 1 <= len(history) <= trainer.recipe.epochs:
+        return f"it has {len(history)} epochs of {trainer.recipe.epochs}"
+    return None
+
+
+def how_to_resume(run):
+    """Return what Ctrl-C prints."""
+    if run.folder is None:
+        return "rank 0 says how to resume"
+    if not (run.folder / "last.pt").exists():
+        return "nothing is saved before the end of the first epoch"
+    command = ["python"]
+    if run.trainer.runtime.ranks.world_size > 1:
+        command = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+    command += [sys.argv[0], "--resume", str(run.folder)]
+    return f"resume with: {shlex.join(command)}"
+
+
+def silence_other_ranks(runtime):
+    """Let rank 0 alone print to stdout."""
+    if runtime.ranks.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+
+
+def print_header(runtime, name, recipe):
+    """Print versions, device and all settings of the recipe."""
+    found = ", ".join(f"{key} {value}" for key, value in versions().items())
+    print(f"{found}, commit {git_commit()}")
     print(f"device   {runtime.describe()}")
-    settings = config["settings"].items()
-    values = [f"{k}={v:.6g}" if type(v) is float else f"{k}={v}" for k, v in settings]
-    text = f"recipe   {config['recipe']}: {', '.join(values)}"
+    fields = []
+    for key, value in dataclasses.asdict(recipe).items():
+        if type(value) is float:
+            value = f"{value:.6g}"
+        fields.append(f"{key}={value}")
+    text = f"recipe   {name}: {', '.join(fields)}"
     print(textwrap.fill(text, 79, subsequent_indent=" " * 9), flush=True)
-    with runtime.dist.local_main_first():
-        dataset = data.load(config["data"], config["data_dir"], runtime.device)
-    split, fingerprint = config["val_split"], dataset.fingerprint()
-    dataset = data.train_val_split(dataset, split) if split else dataset
-    if teacher := config["teacher"]:
-        logits = data.load_teacher_logits(teacher, dataset)
-        dataset = dataclasses.replace(dataset, teacher_logits=logits)
-    counts = [f"{len(images):,}" for images in (dataset.train_images, dataset.test_images)]
-    counts = f"{counts[0]} train, {counts[1]} {'held-out' if split else 'test'}"
-    print(f"dataset  {printable(dataset.name)}: {counts}, {dataset.num_classes} classes")
+
+
+def load_dataset(spec, data_dir, val_split, runtime):
+    """Return the dataset of a run, and its fingerprint before any split."""
+    # Rank 0 goes first. The others load what it has loaded, which for "auto" may be shapes, and
+    # find what it has downloaded and decoded.
+    rank = runtime.ranks.rank
+    if rank == 0:
+        dataset = data.load(spec, data_dir, runtime.device)
+        spec = dataset.spec
+    spec = runtime.ranks.broadcast_object(spec)
+    if rank > 0:
+        dataset = data.load(spec, data_dir, runtime.device)
+    fingerprint = dataset.fingerprint()
+    kind = "test"
+    if val_split:
+        dataset = data.train_val_split(dataset, val_split)
+        kind = "held-out"
+    train = f"{len(dataset.train_images):,} train"
+    test = f"{len(dataset.test_images):,} {kind}"
+    print(f"dataset  {dataset.name}: {train}, {test}, {dataset.num_classes} classes", flush=True)
     return dataset, fingerprint
 
 
-def fit(run):
-    """Train to the end and print the result; returns the history."""
-    trainer = run.trainer
-    if run.resumed and run.is_main_process:
-        remove_stale_temp_files(run.run_dir)
-    if run.step >= run.total_steps and not trainer.step_in_epoch:
-        print(f"\n{run.run_dir} is finished: nothing is left to do")
-        history = run.history
-    else:
-        resumed = f", resumed at step {run.step} of {run.total_steps}" * run.resumed
-        print(f"\nseed {trainer.seed}, {trainer.dataset.name}, {printable(run.run_dir)}{resumed}")
-        history = run.fit()
-    if run.is_main_process:
-        title = f"{trainer.dataset.name}, recipe {run.config['recipe']}, seed {trainer.seed}"
-        args = trainer.schedule, trainer.steps_per_epoch, title, run.split
-        plots.save_figure(plots.training_curves(history, *args), run.run_dir / "curves.png")
-    if run.total_steps < trainer.schedule.total_steps:
-        print(f"--max-steps: {run.total_steps:,} of {trainer.schedule.total_steps:,} steps")
-    key, images = f"{run.split}_accuracy", {"val": "held-out", "test": "test"}[run.split]
-    best = max(history, key=lambda row: row[key])
-    print(f"last epoch: {history[-1][key]:.2f} % on {images} images")
-    chosen = f"(epoch {best['epoch']}; chosen by it, so too high)"
-    print(f"best epoch: {best[key]:.2f} % {chosen}", flush=True)
-    return history
+def environment(trainer):
+    """Return what the last bits of a run depend on beside its settings, by name."""
+    kernels = "PyTorch" if trainer.fused_step is None else "Triton kernels"
+    return {
+        "device": trainer.runtime.device.type,
+        "runs_on": f"{trainer.runtime.describe()}, {kernels}",
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
 
 
-def resume(path, explicit):
-    """Continue the run of a folder or its last.pt; raises UsageError for flags that differ."""
-    last = path / "last.pt" if path.is_dir() else path
-    if not last.is_file():
-        raise UsageError(f"--resume {path}: no last.pt there; every run has a folder under runs/")
-    _, ckpt = load_checkpoint(last, "cpu")
-    if "train_state" not in ckpt:
-        raise UsageError(f"{last} has weights only; the state of its run is in last.pt")
-    config, run_dir = ckpt["config"], last.parent
-    try:
-        recipe, device = Recipe(**config["settings"]), config["device"].split()[0]
-        out = last.resolve().parent.parent.parent
-        began = {**config["settings"], **config, "device": device, "out": out, "runs": 1}
-        check_resume_flags(explicit, began, run_dir)
-        config = {**config, **{n: explicit[n] for n in RESUME_FLAGS[1:] if explicit[n]}}
-        runtime = Runtime(device, config["precision"], config["kernels"], distributed=True)
-        dataset, data_sha256 = load_dataset(config, runtime)
-        if data_sha256 != config["data_sha256"]:
-            raise UsageError(f"{last} was trained on other images than {dataset.spec} now has")
-        if sha256(dataset.teacher_logits) != config["teacher_sha256"]:
-            raise UsageError(f"{last} was trained on another file than {config['teacher']} now is")
-        now = {"versions": versions(), "git_commit": git_commit(), "device": runtime.describe()}
-        changed = [f"{k} was {config[k]} and is {v}" for k, v in now.items() if config[k] != v]
-        run = Run(Trainer(recipe, dataset, runtime, config["seed"]), run_dir, config, ckpt)
-    except INVALID_STATE as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"{last} has an invalid configuration or state ({reason})") from None
-    if changed and run.is_main_process:
-        print(f"warning: the bits may differ: {printable('; '.join(changed))}", file=sys.stderr)
-    fit(run)
-
-
-def check_resume_flags(explicit, began, run_dir):
-    """Raise UsageError for a flag that differs from what the run began with."""
-    for name, value in explicit.items():
-        if value and (name in ("out", "teacher") or (name == "data" and os.path.isdir(value))):
-            value = type(value)(Path(value).resolve())
-        if name not in RESUME_FLAGS and value not in (None, "auto", began[name]):
-            flag, has = f"--{name.replace('_', '-')} {value}", began[name]
-            raise UsageError(f"{flag}: the run in {run_dir} has {has} and continues with it")
-
-
-def find_or_create_run_dir(runs, name, seed):
-    """(run_dir, restarted): a new folder, unless torchrun restarted the job that began one."""
-    run_id, restarted = elastic_run_id()
-    for last in sorted(runs.glob("*/last.pt"), reverse=True) if restarted else ():
-        config = json.loads(last.with_name("config.json").read_text())
-        if (config.get("elastic_run_id"), config.get("seed")) == (run_id, seed):
-            return last.parent, True
+def make_run_dir(runs, name):
+    """Make and return a new folder for a run."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    for attempt in range(1, 1000):
-        run_dir = runs / (f"{stamp}-{name}" + f"-{attempt}" * (attempt > 1))
-        with contextlib.suppress(FileExistsError):
+    run_dir = runs / f"{stamp}-{name}"
+    number = 1
+    while True:
+        try:
             run_dir.mkdir(parents=True)
-            return run_dir, False
-    raise RunError(f"{runs} has no free name for another run {stamp}-{name}")
+            return run_dir
+        except FileExistsError:  # another run began in the same second
+            number += 1
+            run_dir = runs / f"{stamp}-{name}-{number}"
 
 
 def summarize(histories, dataset_name):
-    """Mean and std of last and best epoch over runs, as text."""
-    key = next(name for name in ("test_accuracy", "val_accuracy") if name in histories[0][0])
-    images = {"test_accuracy": "test", "val_accuracy": "held-out"}[key]
-    lines = [f"\n{len(histories)} runs on {dataset_name}, accuracy on {images} images in %"]
+    """Return mean and std of last and best epoch over runs, as text."""
+    key = "val_accuracy" if "val_accuracy" in histories[0][0] else "test_accuracy"
+    images = "held-out" if key == "val_accuracy" else "test"
     last = [history[-1][key] for history in histories]
     best = [max(row[key] for row in history) for history in histories]
+    lines = [f"\n{len(histories)} runs on {dataset_name}, accuracy on {images} images in %"]
     for name, values in (("last", last), ("best", best)):
+        mean = statistics.mean(values)
+        std = statistics.stdev(values)
         each = ", ".join(f"{value:.2f}" for value in values)
-        mean, std = statistics.mean(values), statistics.stdev(values)
         lines.append(f"{name} epoch: mean {mean:.2f}, std {std:.2f} ({each})")
     return "\n".join(lines)
 
 
 def git_commit():
-    """The commit of this code, "-dirty" if files differ from it; "unknown" outside git."""
+    """Return the commit of this code, "-dirty" if files differ from it; "unknown" without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

@@ -24,8 +24,10 @@ class Conv1x1(nn.Linear):
     """A 1x1 convolution over the token axis, (B, T, in) -> (B, T, out)."""
 
     def forward(self, x, rows=None):
-        """`rows`, a slice of the weight (out, in), selects channels of a layer without bias."""
-        return F.linear(x, self.weight if rows is None else self.weight[rows], self.bias)
+        """`rows`, a slice, selects output channels of a layer without bias."""
+        if rows is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight[rows])
 
 
 class Stem(nn.Module):
@@ -39,48 +41,19 @@ class Stem(nn.Module):
         self.gelu2 = nn.GELU()
         self.proj = Conv1x1((image_size // patch_size) ** 2, dim)
 
-    def forward(self, images, as_matmul=False):
-        if as_matmul:
-            maps = convs_as_matmul(self, images)
-        else:
-            maps = self.gelu1(self.conv1(images))  # (B, 3, 32, 32) -> (B, 32, 32, 32)
-            maps = self.gelu2(self.conv2(maps))  # (B, 32, 32, 32) -> (B, 32, 16, 16)
+    def forward(self, images):
+        maps = self.gelu1(self.conv1(images))  # (B, 3, 32, 32) -> (B, 32, 32, 32)
+        maps = self.gelu2(self.conv2(maps))  # (B, 32, 32, 32) -> (B, 32, 16, 16)
         return self.proj(maps.flatten(2))  # (B, 32, 16, 16) -> (B, 32, 256) -> (B, 32, 64)
-
-
-def convs_as_matmul(stem, images):
-    """gelu2(conv2(gelu1(conv1(images)))) as two matrix products, faster on a CPU.
-
-    A 2x2 patch of conv2 sees 4x4 pixels. With these 48 values in a row, conv1 at the 4 pixels of
-    the patch is one (48, 128) matrix, and conv2 a (128, 32) matrix. Only 27 of the 48 weights in a
-    column are nonzero: a dense product is still cheaper than a convolution of 3 channels.
-    """
-    B, c, S, _ = images.shape
-    p = stem.conv2.stride[0]
-    window, side = p + 2, S // p  # pixels that a patch sees, and patches, along one axis
-    padded = F.pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, 34, 34, 3)
-    padded = padded.reshape(B, S + 2, (S + 2) * c)  # rows of pixels are contiguous
-    patches = padded.unfold(1, window, p).unfold(2, window * c, p * c)  # (B, 16, 16, 4, 12)
-    patches = patches.reshape(B, side, side, window * window * c).permute(0, 3, 1, 2)
-
-    pixels = [(y, x) for y in range(p) for x in range(p)]
-    weight = stem.conv1.weight  # (32, 3, 3, 3)
-    weight = torch.cat([F.pad(weight, (x, p - 1 - x, y, p - 1 - y)) for y, x in pixels])
-    weight = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]  # (128, 48, 1, 1)
-    maps = F.conv2d(patches, weight, stem.conv1.bias.repeat(p * p))  # (B, 48 -> 128, 16, 16)
-    # Elementwise operations are fastest when the order of dimensions is the order in memory.
-    maps = F.gelu(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    weight = stem.conv2.weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]  # (32, 128, 1, 1)
-    maps = F.conv2d(maps, weight, stem.conv2.bias)  # (B, 128 -> 32, 16, 16)
-    return F.gelu(maps.contiguous())
 
 
 class ScaledDotProductAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v for q (B H, T or 1, D), k and v (B H, T, D)."""
 
     def forward(self, q, k, v):
-        weights = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(dim=-1)
-        return torch.bmm(weights, v)  # (B H, T or 1, T) x (B H, T, D) -> (B H, T or 1, D)
+        scale = q.shape[-1] ** -0.5
+        scores = torch.bmm(q * scale, k.transpose(1, 2))  # (B H, T or 1, T)
+        return torch.bmm(scores.softmax(dim=-1), v)  # (B H, T or 1, D)
 
 
 class Attention(nn.Module):
@@ -91,31 +64,36 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads, dim_head):
         super().__init__()
-        self.heads, self.inner_dim = heads, heads * dim_head
+        self.heads = heads
+        self.dim_head = dim_head
         self.norm = nn.LayerNorm(dim)
-        self.qkv = Conv1x1(dim, 3 * self.inner_dim, bias=False)  # q, k, v, each (H, D)
+        self.qkv = Conv1x1(dim, 3 * heads * dim_head, bias=False)  # q, k, v, each (H, D)
         self.attend = ScaledDotProductAttention()
-        self.out = Conv1x1(self.inner_dim, dim, bias=False)
+        self.out = Conv1x1(heads * dim_head, dim, bias=False)
 
     def split_heads(self, x):
         """(B, T, n H D) -> n tensors (B H, T, D), each contiguous as bmm wants it."""
         B, T, width = x.shape
-        n, H, D = width // self.inner_dim, self.heads, self.inner_dim // self.heads
+        H = self.heads
+        D = self.dim_head
+        n = width // (H * D)
         x = x.view(B, T, n, H, D).permute(2, 0, 3, 1, 4)  # (n, B, H, T, D)
         return x.reshape(n, B * H, T, D).unbind(0)
 
     def forward(self, x, cls_only=False):
         y = self.norm(x)
         if cls_only:
+            # The CLS token asks, all tokens answer: q of the first, k and v of all.
             x = x[:, :1]
-            (q,) = self.split_heads(self.qkv(y[:, :1], rows=slice(self.inner_dim)))
-            k, v = self.split_heads(self.qkv(y, rows=slice(self.inner_dim, None)))
+            inner_dim = self.heads * self.dim_head
+            (q,) = self.split_heads(self.qkv(y[:, :1], rows=slice(0, inner_dim)))
+            k, v = self.split_heads(self.qkv(y, rows=slice(inner_dim, None)))
         else:
             q, k, v = self.split_heads(self.qkv(y))
         values = self.attend(q, k, v)  # (B H, T, D)
         B, T, _ = x.shape
-        values = values.view(B, self.heads, T, v.shape[-1]).transpose(1, 2)  # (B, T, H, D)
-        return x + self.out(values.reshape(B, T, self.inner_dim))
+        values = values.view(B, self.heads, T, self.dim_head).transpose(1, 2)  # (B, T, H, D)
+        return x + self.out(values.reshape(B, T, self.heads * self.dim_head))
 
 
 class MLP(nn.Module):
@@ -147,17 +125,36 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Normalized float images (B, in_channels, image_size, image_size) to logits (B, num_classes).
 
-    The head reads the CLS token only, so the last block computes nothing else, unless a second loss
-    asks for the mean of the other tokens: the same logits and gradients for less work. Raises
-    ValueError for sizes that do not fit together.
+    The head reads the CLS token only, so the last block computes nothing else: the same logits and
+    gradients for less work. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
-        self, num_classes=10, image_size=32, patch_size=2, in_channels=3, channels=32, dim=64,
-        depth=2, heads=4, dim_head=16, mlp_dim=64,
-    ):  # fmt: skip
+        self,
+        num_classes=10,
+        image_size=32,
+        patch_size=2,
+        in_channels=3,
+        channels=32,
+        dim=64,
+        depth=2,
+        heads=4,
+        dim_head=16,
+        mlp_dim=64,
+    ):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = {
+            "num_classes": num_classes,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "channels": channels,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+            "dim_head": dim_head,
+            "mlp_dim": mlp_dim,
+        }
         for name, value in self.config.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}, not a whole number of at least 1")
@@ -170,73 +167,89 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = Conv1x1(dim, num_classes)
 
-    def forward(self, images, stem_as_matmul=False, mean_token=False):
-        """With `mean_token`, logits (B, 2, num_classes): the head's of the CLS token, and of the
-        mean of all others. Raises ValueError for images of another shape.
-        """
-        c, S = self.config["in_channels"], self.config["image_size"]
+    def forward(self, images):
+        """Raises ValueError for images of another shape."""
+        c = self.config["in_channels"]
+        S = self.config["image_size"]
         if images.dim() != 4 or images.shape[1:] != (c, S, S):
             raise ValueError(f"images are {tuple(images.shape)}, not (B, {c}, {S}, {S})")
-        tokens = self.stem(images, stem_as_matmul)  # (B, 3, 32, 32) -> (B, 32, 64)
+        tokens = self.stem(images)  # (B, 3, 32, 32) -> (B, 32, 64)
         cls_token = self.cls_token.expand(images.shape[0], -1, -1)  # (1, 1, 64) -> (B, 1, 64)
         x = torch.cat([cls_token, tokens], dim=1) + self.pos_embedding  # (B, 33, 64)
-        *blocks, last_block = self.blocks
-        for block in blocks:
-            x = block(x)
-        x = self.norm(last_block(x, cls_only=not mean_token))  # (B, 33, 64) -> (B, 1 or 33, 64)
-        if mean_token:
-            return self.head(torch.stack([x[:, 0], x[:, 1:].mean(1)], dim=1))  # (B, 2, 64)
-        return self.head(x[:, 0])  # (B, 64) -> (B, num_classes)
+        for block in self.blocks[:-1]:
+            x = block(x)  # (B, 33, 64) -> (B, 33, 64)
+        x = self.blocks[-1](x, cls_only=True)  # (B, 33, 64) -> (B, 1, 64)
+        return self.head(self.norm(x)[:, 0])  # (B, 1, 64) -> (B, 64) -> (B, num_classes)
 
 
 @torch.no_grad()
 def build_model(recipe, num_classes, seed, device):
-    """A ViT with the recipe's initialization; the global random state is left as it was."""
+    """Return a ViT with the recipe's initialization; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ViT(num_classes=num_classes)
     model.cls_token.mul_(recipe.embed_init_std)
     model.pos_embedding.mul_(recipe.embed_init_std)
     if recipe.avg_pool_init:
-        weight = model.stem.proj.weight  # (C, S S): C cells of an S x S map
-        cells, side = math.isqrt(len(weight)), math.isqrt(weight.shape[1])
-        maps = torch.eye(side * side).view(-1, side, side)  # (S S, S, S), one per pixel
-        pool = F.adaptive_avg_pool2d(maps, cells).flatten(1).T  # (S S, c, c) -> (C, S S)
-        weight.copy_(pool * (weight.norm() / pool.norm()))
+        pool_maps(model.stem.proj.weight)
     return model.to(device)
 
 
-def summary(model):
-    """Layer table of `model` as text: output shape, parameters, multiply-accumulates of an image.
+def pool_maps(weight):
+    """Make a projection of S x S maps, (cells, S S), an average over cells, of the same norm."""
+    num_cells, num_pixels = weight.shape  # 64, 256
+    cells_side = math.isqrt(num_cells)
+    side = math.isqrt(num_pixels)
+    pixels = torch.eye(num_pixels).view(-1, side, side)  # (S S, S, S): a map for each pixel
+    pool = F.adaptive_avg_pool2d(pixels, cells_side).flatten(1).T  # (S S, c, c) -> (cells, S S)
+    weight.copy_(pool * (weight.norm() / pool.norm()))
 
-    A layer that is called twice (qkv of the last block: q of the CLS token, then k, v) has the
-    shape of the second output and the MACs of both.
+
+@torch.no_grad()
+def summary(model):
+    """Return the layer table as text: output shape, parameters, multiply-accumulates of an image.
+
+    The qkv layer of the last block is called twice, for q of the CLS token, then for k and v: its
+    MACs are those of both calls, its shape is that of the second.
     """
-    shapes, counter = {}, FlopCounterMode(display=False)
-    leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
-    save = lambda module, args, output: shapes.update({module: output.shape[1:]})
-    handles = [module.register_forward_hook(save) for module in leaves.values()]
-    c, S = model.config["in_channels"], model.config["image_size"]
-    with torch.no_grad(), counter:
-        model(torch.zeros(1, c, S, S, device=model.cls_token.device))
+    # Run one image with a hook on every layer that saves the shape of its output.
+    layers = {name: m for name, m in model.named_modules() if not list(m.children())}
+    shapes = {}
+
+    def save_shape(module, args, output):
+        shapes[module] = output.shape[1:]
+
+    handles = [module.register_forward_hook(save_shape) for module in layers.values()]
+    c = model.config["in_channels"]
+    S = model.config["image_size"]
+    images = torch.zeros(1, c, S, S, device=model.cls_token.device)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
     for handle in handles:
         handle.remove()
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    flops = lambda name: sum(counter.get_flop_counts().get(f"ViT{name}", {}).values())
+
     lines = [("name", "layer", "output", "parameters", "MACs")]
-    for name, m in leaves.items():
-        size, macs = f"{count(m):,}", f"{flops(f'.{name}') // 2:,}"
-        lines.append((name, type(m).__name__, ", ".join(map(str, shapes[m])), size, macs))
-    size = sum(map(count, leaves.values()))
-    lines.append(("all layers", "", "", f"{size:,}", f"{flops('') // 2:,}"))
-    lines.append(("and the embeddings", "", "", f"{count(model):,}", ""))
+    flops = counter.get_flop_counts()
+    for name, module in layers.items():
+        shape = ", ".join(str(n) for n in shapes[module])
+        macs = sum(flops.get(f"ViT.{name}", {}).values()) // 2
+        size = count_parameters(module)
+        lines.append((name, type(module).__name__, shape, f"{size:,}", f"{macs:,}"))
+    size = sum(count_parameters(module) for module in layers.values())
+    lines.append(("all layers", "", "", f"{size:,}", f"{counter.get_total_flops() // 2:,}"))
+    lines.append(("and the embeddings", "", "", f"{count_parameters(model):,}", ""))
     return "\n".join("{:<25} {:<25} {:>10} {:>10} {:>9}".format(*line) for line in lines)
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def main():
     parser = Parser(description="Print the layer table: shapes, parameters and MACs of an image.")
     parser.add_argument("--classes", type=positive_int, default=10, help="number of classes")
-    print(summary(ViT(num_classes=parser.parse_args().classes)))
+    args = parser.parse_args()
+    print(summary(ViT(num_classes=args.classes)))
 
 
 if __name__ == "__main__":

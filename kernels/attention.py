@@ -19,15 +19,29 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.functions import Target, accumulate, cast, dot, launch, layer_norm_backward, load
-from kernels.functions import load_norm, padded, split
+from kernels.functions import (
+    DTYPES,
+    INTERPRETED,
+    Target,
+    accumulate,
+    cast,
+    dot,
+    layer_norm_backward,
+    load,
+    load_norm,
+    padded,
+    split,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def softmax(scores, SCALE: tl.constexpr, T):
-    """Of SCALE * scores over the first T columns; powers of 2 are one instruction."""
+    """Return the softmax of SCALE * scores over the first T columns.
+
+    It takes powers of 2, which are one instruction.
+    """
     factor = SCALE * LOG2_E
     scores = tl.where(tl.arange(0, scores.shape[1])[None, :] < T, scores, -float("inf"))
     powers = tl.exp2(scores * factor - tl.max(scores, 1, keep_dims=True) * factor)
@@ -36,29 +50,42 @@ def softmax(scores, SCALE: tl.constexpr, T):
 
 @triton.jit
 def load_head(qkv_ptr, h, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows of Wq, Wk and Wv of head h, each (D, C)."""
+    """Return the rows of Wq, Wk and Wv of head h, each (D, C)."""
     qkv_ptr += h * D * C + tl.arange(0, D)[:, None] * C + tl.arange(0, C)[None, :]
-    wq, wk = load(qkv_ptr, DTYPE), load(qkv_ptr + H * D * C, DTYPE)
-    return wq, wk, load(qkv_ptr + 2 * H * D * C, DTYPE)
+    wq = load(qkv_ptr, DTYPE)
+    wk = load(qkv_ptr + H * D * C, DTYPE)
+    wv = load(qkv_ptr + 2 * H * D * C, DTYPE)
+    return wq, wk, wv
 
 
 @triton.jit
-def forward_kernel(
+def attention_forward_kernel(
     x_ptr,  # (B, T, C), working dtype
-    norm_weight_ptr, norm_bias_ptr,  # (C,)
-    qkv_ptr, out_ptr,  # (3HD, C), (C, HD)
+    norm_weight_ptr,  # (C,)
+    norm_bias_ptr,  # (C,)
+    qkv_ptr,  # (3HD, C)
+    out_ptr,  # (C, HD)
     z_ptr,  # (B, Q, C), working dtype
-    T: tl.constexpr, TP: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, C: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    T: tl.constexpr,
+    TP: tl.constexpr,
+    Q: tl.constexpr,
+    QP: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
-    t, i, c = tl.arange(0, TP)[:, None], tl.arange(0, QP)[:, None], tl.arange(0, C)
+    t = tl.arange(0, TP)[:, None]
+    i = tl.arange(0, QP)[:, None]
+    c = tl.arange(0, C)
     x_ptr += b * T * C
     out_ptr += c[:, None] * (H * D) + tl.arange(0, D)[None, :]  # (C, D)
     offsets = i * C + c[None, :]
     _, y, _, _ = load_norm(x_ptr, t * C + c[None, :], t < T, norm_weight_ptr, norm_bias_ptr)
     z, yq, _, _ = load_norm(x_ptr, offsets, i < Q, norm_weight_ptr, norm_bias_ptr)
-    y, yq = cast(y, DTYPE), cast(yq, DTYPE)
+    y = cast(y, DTYPE)
+    yq = cast(yq, DTYPE)  # the queries' rows of y
     for h in range(H):
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
         q = cast(dot(yq, tl.trans(wq)), DTYPE)  # (QP, C) x (C, D) -> (QP, D)
@@ -72,19 +99,33 @@ def forward_kernel(
 
 @triton.jit
 def heads_backward(
-    y, yq, dz_ptr, num_rows, qkv_ptr, out_ptr, partial_ptr, is_later,
-    T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """dy (TP, C); stores the weight gradients of one image, or adds them to those before."""
+    y,  # (TP, C), working dtype
+    yq,  # (QP, C), working dtype, the queries' rows of y
+    dz_ptr,  # (Q, C), working dtype
+    num_rows,  # rows of dz: Q, or 0 without an image
+    qkv_ptr,  # (3HD, C)
+    out_ptr,  # (C, HD)
+    partial_ptr,  # (2C + 3HDC + CHD,)
+    is_later,  # whether partial gradients are added to those of earlier images
+    T: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Return dy (TP, C) of one image; stores, or adds, its gradients of qkv and out."""
     TP: tl.constexpr = y.shape[0]
     QP: tl.constexpr = yq.shape[0]
     C: tl.constexpr = y.shape[1]
-    i, c, d = tl.arange(0, QP)[:, None], tl.arange(0, C), tl.arange(0, D)
-    row, column = d[:, None] * C + c[None, :], c[:, None] * (H * D) + d[None, :]  # (D, C), (C, D)
+    i = tl.arange(0, QP)[:, None]
+    c = tl.arange(0, C)
+    d = tl.arange(0, D)
+    row = d[:, None] * C + c[None, :]  # (D, C)
+    column = c[:, None] * (H * D) + d[None, :]  # (C, D)
     dz_ptr += i * C + c[None, :]
     dout_ptr = partial_ptr + 2 * C + 3 * H * D * C + column
     dy = tl.zeros((TP, C), tl.float32)
     for h in range(H):
+        # Forward again.
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
         q = cast(dot(yq, tl.trans(wq)), DTYPE)  # (QP, C) x (C, D) -> (QP, D)
         k = cast(dot(y, tl.trans(wk)), DTYPE)  # (TP, C) x (C, D) -> (TP, D)
@@ -94,14 +135,18 @@ def heads_backward(
         p = softmax(dot(q, tl.trans(k)), D**-0.5, T)  # (QP, D) x (D, TP) -> (QP, TP)
         rounded = cast(p, DTYPE)
         o = cast(dot(rounded, v), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
+
+        # Values and the output projection. dz and the weights are loaded twice: registers and
+        # shared memory are scarce.
         dv = cast(dot(tl.trans(rounded), do), DTYPE)  # (TP, QP) x (QP, D) -> (TP, D)
         dqkv_ptr = partial_ptr + 2 * C + h * D * C + row
         accumulate(dqkv_ptr + 2 * H * D * C, dot(tl.trans(dv), y), is_later)  # (D, C)
-        # dz and the weights are read twice: registers and shared memory are scarce.
         dz = tl.load(dz_ptr, mask=i < num_rows, other=0.0)
         accumulate(dout_ptr + h * D, dot(tl.trans(dz), o), is_later)  # (C, QP) x (QP, D)
         wq, wk, wv = load_head(qkv_ptr, h, H, D, C, DTYPE)
         dy += dot(dv, wv)  # (TP, D) x (D, C) -> (TP, C)
+
+        # Scores, queries and keys.
         dp = dot(do, tl.trans(v))  # (QP, D) x (D, TP) -> (QP, TP)
         ds = cast(p * (dp - tl.sum(p * dp, 1)[:, None]) * D**-0.5, DTYPE)
         dq = cast(dot(ds, k), DTYPE)  # (QP, TP) x (TP, D) -> (QP, D)
@@ -118,31 +163,61 @@ def heads_backward(
 
 # Compiled once for a count of 1, without the sums over images, and once for others.
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["count"])
-def backward_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, qkv_ptr, out_ptr,  # as above
+def attention_backward_kernel(
+    x_ptr,  # (B, T, C), working dtype
+    norm_weight_ptr,  # (C,)
+    norm_bias_ptr,  # (C,)
+    qkv_ptr,  # (3HD, C)
+    out_ptr,  # (C, HD)
     dz_ptr,  # (B, Q, C), working dtype
     dx_ptr,  # (B, T, C), working dtype or fp32
     partial_ptr,  # (programs, 2C + 3HDC + CHD), of norm weight and bias, qkv and out
-    B, count,  # images; images of a program
-    T: tl.constexpr, TP: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, C: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    t, tq, c = tl.arange(0, TP)[:, None], tl.arange(0, QP)[:, None], tl.arange(0, C)
+    B,  # images
+    count,  # images of a program
+    T: tl.constexpr,
+    TP: tl.constexpr,
+    Q: tl.constexpr,
+    QP: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    t = tl.arange(0, TP)[:, None]
+    tq = tl.arange(0, QP)[:, None]
+    c = tl.arange(0, C)
+    offsets = t * C + c[None, :]
     partial_ptr += tl.program_id(0).to(tl.int64) * (4 * H * D * C + 2 * C)
     i = 0
     while i < count:
+        # The image; the last program may have fewer of them than others.
         b = tl.program_id(0).to(tl.int64) * count + i
-        num_rows, num_queries = tl.where(b < B, T, 0), tl.where(b < B, Q, 0)
-        x_at, dz_at = x_ptr + b * T * C, dz_ptr + b * Q * C
-        offsets, mask = t * C + c[None, :], t < num_rows
+        num_rows = tl.where(b < B, T, 0)
+        num_queries = tl.where(b < B, Q, 0)
+        x_at = x_ptr + b * T * C
+        dz_at = dz_ptr + b * Q * C
+
+        mask = t < num_rows
+        mask_q = tq < num_queries
         _, y, _, _ = load_norm(x_at, offsets, mask, norm_weight_ptr, norm_bias_ptr)
-        at, mask_q = tq * C + c[None, :], tq < num_queries
-        _, yq, _, _ = load_norm(x_at, at, mask_q, norm_weight_ptr, norm_bias_ptr)
-        y, yq = cast(y, DTYPE), cast(yq, DTYPE)
+        _, yq, _, _ = load_norm(x_at, tq * C + c[None, :], mask_q, norm_weight_ptr, norm_bias_ptr)
         dy = heads_backward(
-            y, yq, dz_at, num_queries, qkv_ptr, out_ptr, partial_ptr, i > 0, T, H, D, DTYPE
+            cast(y, DTYPE),
+            cast(yq, DTYPE),
+            dz_at,
+            num_queries,
+            qkv_ptr,
+            out_ptr,
+            partial_ptr,
+            i > 0,
+            T,
+            H,
+            D,
+            DTYPE,
         )
-        # Read again: to keep it in registers over the heads would spill.
+
+        # Backward through LayerNorm and the residual. x is loaded again: to keep it in registers
+        # over the heads would spill.
         _, _, x_hat, rstd = load_norm(x_at, offsets, mask, norm_weight_ptr, norm_bias_ptr)
         accumulate(partial_ptr + c, tl.sum(dy * x_hat, 0), i > 0)
         accumulate(partial_ptr + C + c, tl.sum(dy, 0), i > 0)
@@ -153,37 +228,74 @@ def backward_kernel(
         i += 1
 
 
-def constants(weights, heads, x, z, target):
-    (_, T, C), Q, D = x.shape, z.shape[1], len(weights[2]) // (3 * heads)
-    sizes = {"T": T, "TP": padded(T), "Q": Q, "QP": padded(Q), "C": C, "H": heads, "D": D}
-    return sizes | target.options
-
-
 def forward(x, weights, heads, z, num_images, target):
     """Write z (B, Q, C) of x (B, T, C) and the parameters of a vit.Attention."""
-    launch(forward_kernel, num_images, x, *weights, z, **constants(weights, heads, x, z, target))
+    norm_weight, norm_bias, qkv, out = weights
+    _, T, C = x.shape
+    Q = z.shape[1]
+    attention_forward_kernel[(num_images,)](
+        x,
+        norm_weight,
+        norm_bias,
+        qkv,
+        out,
+        z,
+        T=T,
+        TP=padded(T),
+        Q=Q,
+        QP=padded(Q),
+        C=C,
+        H=heads,
+        D=out.shape[1] // heads,
+        **target.options,
+    )
 
 
 def backward(x, weights, heads, dz, dx, partial_grads, num_images, target):
     """Write dx and the partial gradients of the parameters, given dz (B, Q, C)."""
-    sizes, (programs, count) = constants(weights, heads, x, dz, target), split(num_images)
-    args = x, *weights, dz, dx, partial_grads, num_images, count
-    launch(backward_kernel, programs, *args, **sizes)
+    norm_weight, norm_bias, qkv, out = weights
+    _, T, C = x.shape
+    Q = dz.shape[1]
+    programs, count = split(num_images)
+    attention_backward_kernel[(programs,)](
+        x,
+        norm_weight,
+        norm_bias,
+        qkv,
+        out,
+        dz,
+        dx,
+        partial_grads,
+        num_images,
+        count,
+        T=T,
+        TP=padded(T),
+        Q=Q,
+        QP=padded(Q),
+        C=C,
+        H=heads,
+        D=out.shape[1] // heads,
+        **target.options,
+    )
 
 
 class FusedAttention(torch.autograd.Function):
     """`FusedAttention.apply(x, norm_weight, norm_bias, qkv, out, heads, cls_only=False)`.
 
-    vit.Attention as a function of x (B, T, C), float32, bfloat16 or float16, and its parameters,
-    float32: z (B, T, C), or with cls_only (B, 1, C), in the dtype of x. C and the width of a head
-    are powers of two, at least 16.
+    Computes vit.Attention as a function of x (B, T, C), float32 or bfloat16, and of its parameters,
+    float32: norm_weight (C,), norm_bias (C,), qkv (3HD, C), out (C, HD). Returns z (B, T, C), or
+    with cls_only (B, 1, C), in the dtype of x. Raises ValueError for sizes that do not fit, or that
+    are no powers of two, and for other dtypes and devices.
     """
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, qkv, out, heads, cls_only=False):
-        ctx.target, ctx.heads = Target.of(x.device, x.dtype), heads
-        weights = norm_weight, norm_bias, qkv, out
+        weights = (norm_weight, norm_bias, qkv, out)
+        check_arguments(x, weights, heads)
+        ctx.target = Target.of(x.device, x.dtype)
+        ctx.heads = heads
         x = x.to(ctx.target.storage).contiguous()
+        weights = [w.contiguous() for w in weights]
         ctx.save_for_backward(x, *weights)
         z = torch.empty_like(x[:, :1] if cls_only else x)
         forward(x, weights, heads, z, len(x), ctx.target)
@@ -192,9 +304,37 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):
         x, *weights = ctx.saved_tensors
-        dz, dx = dz.to(x.dtype).contiguous(), torch.empty_like(x)
+        dz = dz.to(x.dtype).contiguous()
+        dx = torch.empty_like(x)
+        programs, _ = split(len(x))
         sizes = [w.numel() for w in weights]
-        partial_grads = x.new_empty(split(len(x))[0], sum(sizes), dtype=torch.float32)
+        partial_grads = x.new_empty(programs, sum(sizes), dtype=torch.float32)
         backward(x, weights, ctx.heads, dz, dx, partial_grads, len(x), ctx.target)
-        grads = [g.view_as(w) for g, w in zip(partial_grads.sum(0).split(sizes), weights)]
+        grads = partial_grads.sum(0).split(sizes)
+        grads = [g.view_as(w) for g, w in zip(grads, weights)]
         return dx.to(ctx.target.dtype), *grads, None, None
+
+
+def check_arguments(x, weights, heads):
+    """Raise ValueError for what the kernels of attention cannot take."""
+    _, _, qkv, out = weights
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}, not float32 or bfloat16")
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, not (B, T, C)")
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"x is on the device {x.device}; the kernels run on a CUDA GPU")
+    C = x.shape[2]
+    D = out.shape[-1] // heads
+    shapes = [(C,), (C,), (3 * heads * D, C), (C, heads * D)]
+    names = ("norm_weight", "norm_bias", "qkv", "out")
+    for name, weight, shape in zip(names, weights, shapes):
+        if weight.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, not {shape}")
+        if weight.dtype != torch.float32 or weight.device != x.device:
+            raise ValueError(
+                f"{name} is {weight.dtype} on {weight.device}, not float32 on {x.device}"
+            )
+    for name, size in (("C", C), ("the width of a head", D)):
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"{name} is {size}, not a power of two of at least 16")

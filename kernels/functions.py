@@ -1,11 +1,11 @@
-"""What the kernels share: device functions, how a kernel is launched, and what suits which GPU.
+"""What the kernels share: device functions, and what suits which GPU.
 
-Activations lie in the working dtype (fp32, bf16 or fp16). Weights, statistics, sums and partial
-gradients are fp32; a factor of a product is rounded to the working dtype first, so that bf16 and
-fp16 products run on tensor cores. fp32 products are IEEE, not TF32.
+Activations lie in the working dtype, fp32 or bf16. Weights, statistics, sums and partial gradients
+are fp32; a factor of a product is rounded to the working dtype first, so that bf16 products run on
+tensor cores. fp32 products are IEEE, not TF32. A GPU before sm_80 has no bf16.
 
 Triton's interpreter (TRITON_INTERPRET=1, on a CPU) computes bf16 wrongly, so there every buffer is
-float32, and `cast` rounds to the values that the working dtype has: the same numbers, on a CPU.
+float32, and `cast` rounds to the values that bf16 has: the same numbers, on a CPU.
 """
 
 from typing import NamedTuple
@@ -17,28 +17,32 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret  # fixed when a module with kernels is imported
 EMULATED = tl.constexpr(INTERPRETED)
 EPS = tl.constexpr(1e-5)  # of torch.nn.LayerNorm
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MAX_PROGRAMS = 256  # with partial gradients: in a larger batch a program takes several images
 
-last_launched = None  # for the message about a kernel that does not compile
-recorded = None  # if a list, launches are appended to it as (kernel, programs, args, constants)
+# Columns of FusedStep.hparams, which has a row for every step of an epoch.
+MUON_LR = tl.constexpr(0)
+MOMENTUM = tl.constexpr(1)  # beta1 of AdamW
+ONE_MINUS_MOMENTUM = tl.constexpr(2)  # made in float64: in fp32 it is off by up to 6e-7
+ADAMW_LR = tl.constexpr(3)
+CORRECTION1 = tl.constexpr(4)  # 1 - beta1^n, n steps since the training began
+CORRECTION2 = tl.constexpr(5)  # 1 - beta2^n
+NUM_HPARAMS = tl.constexpr(6)
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for."""
+    """The working dtype of kernels and the GPU that they are compiled for."""
 
-    dtype: torch.dtype  # of activations
-    arch: int | str = 90  # 10 times the compute capability, or an AMD name such as "gfx942"
+    dtype: torch.dtype
+    arch: int = 90  # 10 times the compute capability
 
     @classmethod
     def of(cls, device, dtype):
-        """The target that is present: a GPU, or Triton's interpreter on a CPU."""
+        """Return the target that is present: a GPU, or Triton's interpreter on a CPU."""
         if device.type != "cuda":
             return cls(dtype)
-        props = torch.cuda.get_device_properties(device)
-        if torch.version.hip:
-            return cls(dtype, props.gcnArchName.partition(":")[0])
-        return cls(dtype, 10 * props.major + props.minor)
+        major, minor = torch.cuda.get_device_capability(device)
+        return cls(dtype, 10 * major + minor)
 
     @property
     def storage(self):
@@ -46,49 +50,42 @@ class Target(NamedTuple):
         return torch.float32 if INTERPRETED else self.dtype
 
     def num_warps(self, uses_tensor_cores):
-        """Of a program. 8 spill least, but for wgmma, which Triton's bug 11047 (a barrier is
-        missing between warp groups) makes unsafe with more than 4, and for sm_10x and gfx9.
+        """Return the number of warps of a program: 8 spill least of those tried.
+
+        But wgmma (sm_90) is unsafe with more than 4: by Triton's bug 11047 a barrier is missing
+        between warp groups. On sm_100 4 spill less too.
         """
-        few = str(self.arch).startswith(("9", "10", "gfx9"))
-        return 4 if uses_tensor_cores and few else 8
+        return 4 if uses_tensor_cores and self.arch // 10 in (9, 10) else 8
 
     @property
     def options(self):
-        """Constants of a launch that depend on dtype and GPU: what spills least of those tried."""
-        warps = self.num_warps(self.dtype != torch.float32)
-        return {"DTYPE": DTYPES[self.dtype], "num_warps": warps, "num_stages": 1}
-
-
-def launch(kernel, programs, *args, **constants):
-    """Run `kernel` as `programs` programs, perhaps none, on the current device."""
-    global last_launched
-    last_launched = kernel
-    if recorded is not None:
-        recorded.append((kernel, programs, args, constants))
-    elif programs:
-        kernel[(programs,)](*args, **constants)
+        """Arguments of a launch that depend on dtype and GPU."""
+        return {
+            "DTYPE": DTYPES[self.dtype],
+            "num_warps": self.num_warps(uses_tensor_cores=self.dtype == torch.bfloat16),
+            "num_stages": 1,
+        }
 
 
 def padded(size):
-    """The power of two, at least 16, to which a kernel pads one side of a product."""
+    """Return the power of two, at least 16, to which a kernel pads one side of a product."""
     return max(16, triton.next_power_of_2(size))
 
 
 def split(count):
-    """Programs of a backward kernel, a row of partial gradients each, and images of a program."""
-    each = max(1, triton.cdiv(count, MAX_PROGRAMS))
-    return triton.cdiv(count, each), each
+    """Return how many programs share `count` images, and how many images each has.
+
+    Each program of a backward kernel writes a row of partial gradients.
+    """
+    images_each = max(1, triton.cdiv(count, MAX_PROGRAMS))
+    return triton.cdiv(count, images_each), images_each
 
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """fp32 `x` in the working dtype, in the interpreter rounded to it (nearest, ties to even)."""
-    if DTYPE == "fp16":
-        x = x.to(tl.float16)
-        if EMULATED:
-            x = x.to(tl.float32)
-    elif DTYPE == "bf16":
-        if EMULATED:
+    """Return fp32 `x` in the working dtype, in the interpreter rounded to it."""
+    if DTYPE == "bf16":
+        if EMULATED:  # to nearest, ties to even
             bits = x.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             x = bits.to(tl.float32, bitcast=True)
@@ -99,7 +96,7 @@ def cast(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def load(pointers, DTYPE: tl.constexpr, mask=True):
-    """fp32 values in memory in the working dtype, zero where `mask` is false."""
+    """Return fp32 values of memory in the working dtype, zero where `mask` is false."""
     return cast(tl.load(pointers, mask=mask, other=0.0), DTYPE)
 
 
@@ -111,35 +108,28 @@ def accumulate(pointers, value, is_later):
 
 @triton.jit
 def dot(a, b):
-    """The matrix product of two matrices in the working dtype, in fp32."""
+    """Return the matrix product, in fp32, of two matrices in the working dtype."""
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
 def load_norm(x_ptr, offsets, mask, weight_ptr, bias_ptr):
-    """Rows of x (N, C), zeros where `mask` is false, and LayerNorm y of them, all fp32.
+    """Load rows of x (N, C), zeros where `mask` is false, and compute LayerNorm y of them.
 
-    Returns x, y, x_hat, which has mean 0 and variance 1, and 1 / std (N,).
+    Returns x, y, x_hat, which has mean 0 and variance 1, and 1 / std (N,); all fp32.
     """
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     centered = x - tl.sum(x, 1)[:, None] / x.shape[1]
     rstd = tl.rsqrt(tl.sum(centered * centered, 1) / x.shape[1] + EPS)
-    x_hat, c = centered * rstd[:, None], tl.arange(0, x.shape[1])
+    x_hat = centered * rstd[:, None]
+    c = tl.arange(0, x.shape[1])
     y = x_hat * tl.load(weight_ptr + c)[None, :] + tl.load(bias_ptr + c)[None, :]
     return x, y, x_hat, rstd
 
 
 @triton.jit
-def update_average(average_ptr, p, weight, mask):
-    """Move an average of parameters toward p by a share `weight`, which is 0 without an average."""
-    if weight > 0:
-        average = tl.load(average_ptr, mask=mask, other=0.0)
-        tl.store(average_ptr, average + weight * (p - average), mask=mask)
-
-
-@triton.jit
 def layer_norm_backward(dy, x_hat, rstd, weight_ptr):
-    """The gradient of x, given that of y, which load_norm returns."""
+    """Return the gradient of x, given that of y, which load_norm returns."""
     C: tl.constexpr = dy.shape[1]
     grad = dy * tl.load(weight_ptr + tl.arange(0, C))[None, :]
     mean = tl.sum(grad, 1)[:, None] / C
@@ -149,7 +139,7 @@ def layer_norm_backward(dy, x_hat, rstd, weight_ptr):
 
 @triton.jit
 def gelu(x):
-    """Exact GELU of fp32 x, x P(Z < x), error within 2^-23 |x|, and its derivative.
+    """Return exact GELU of fp32 x, x P(Z < x), error within 2^-23 |x|, and its derivative.
 
     P(Z > |x|) is 2 to the power of a polynomial, which takes fewer instructions than erf. Its log2
     is so smooth that a few terms do: a minimax fit of a P(Z > a), its share of GELU, over [0, 5.8],

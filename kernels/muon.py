@@ -1,27 +1,28 @@
-"""Muon in one launch, one program a matrix, all on chip; schedule.Muon is the same in PyTorch.
+"""Muon in one launch, one program a matrix, all on chip; optim.Muon is the same in PyTorch.
 
+    m += (1 - momentum) (g - m),  u = g + momentum (m - g)
     S = u u', chunk by chunk of u;  five times P = Q P, S = Q S Q, Q = a I + b S + c S^2;
-    W -= lr P u, chunk by chunk
+    W = W (1 - lr decay) - lr sqrt(max(1, rows / columns)) P u, chunk by chunk
 
-u is read twice and never stored. The shorter side of every matrix is at most 64, that of S.
+u is computed twice and never stored. The shorter side of every matrix is at most 64, that of S.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.functions import INTERPRETED, launch, update_average
-from schedule import COEFFICIENTS, EPS
+from kernels.functions import INTERPRETED, MOMENTUM, MUON_LR, NUM_HPARAMS, ONE_MINUS_MOMENTUM
+from optim import COEFFICIENTS, EPS
 
 SIDE = 64  # of gram matrices
 CHUNK = SIDE if INTERPRETED else 16  # columns of a matrix that are read at once
 
 
 @triton.jit
-def nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum):
-    """The new running mean of gradients and the update, at offsets i."""
-    g = tl.load(grad_ptr + i, mask=mask, other=0.0)
-    m = tl.load(exp_avg_ptr + i, mask=mask, other=0.0)
-    m += (1 - momentum) * (g - m)
+def nesterov_update(grad_ptr, exp_avg_ptr, mask, momentum, one_minus_momentum):
+    """Return the new running mean of gradients and the update."""
+    g = tl.load(grad_ptr, mask=mask, other=0.0)
+    m = tl.load(exp_avg_ptr, mask=mask, other=0.0)
+    m += one_minus_momentum * (g - m)
     return m, g + momentum * (m - g)
 
 
@@ -29,68 +30,90 @@ def nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum):
 def muon_kernel(
     grad_ptr,  # (N,)
     counter_ptr,  # (1,), int32, steps done in the epoch, this one included
-    hparams_ptr,  # (steps, 6), see adamw_kernel
+    hparams_ptr,  # (steps, NUM_HPARAMS)
     coefficients_ptr,  # (STEPS, 3): a, b, c
-    layout_ptr,  # (programs, 3), int32: offset of a matrix (a chunk of a parameter), rows, columns
-    param_ptr, exp_avg_ptr, average_ptr,  # (N,), updated in place
-    weight_decay, eps,
-    STEPS: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    layout_ptr += 3 * tl.program_id(0)
-    start, rows, columns = tl.load(layout_ptr), tl.load(layout_ptr + 1), tl.load(layout_ptr + 2)
-    hparams_ptr += (tl.load(counter_ptr) - 1) * 6
-    lr, momentum = tl.load(hparams_ptr), tl.load(hparams_ptr + 1)
-    average_weight = tl.load(hparams_ptr + 5)
-    n, m = tl.minimum(rows, columns), tl.maximum(rows, columns)
-    step_n = tl.where(rows <= columns, columns, 1)  # a tall matrix is read across
+    matrices_ptr,  # (programs, 3), int32: offset of a matrix in the parameters, rows, columns
+    param_ptr,  # (N,), updated in place
+    exp_avg_ptr,  # (N,), updated in place
+    weight_decay,
+    eps,
+    STEPS: tl.constexpr,
+    SIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    matrices_ptr += 3 * tl.program_id(0)
+    start = tl.load(matrices_ptr)
+    rows = tl.load(matrices_ptr + 1)
+    columns = tl.load(matrices_ptr + 2)
+    hparams_ptr += (tl.load(counter_ptr) - 1) * NUM_HPARAMS
+    lr = tl.load(hparams_ptr + MUON_LR)
+    momentum = tl.load(hparams_ptr + MOMENTUM)
+    complement = tl.load(hparams_ptr + ONE_MINUS_MOMENTUM)
+
+    # The matrix is read as (n, m), n the shorter side: a tall one is read across.
+    n = tl.minimum(rows, columns)
+    m = tl.maximum(rows, columns)
+    step_n = tl.where(rows <= columns, columns, 1)
     step_m = tl.where(rows <= columns, 1, columns)
-    row, column = tl.arange(0, SIDE)[:, None], tl.arange(0, CHUNK)[None, :]
+    row = tl.arange(0, SIDE)[:, None]
+    column = tl.arange(0, CHUNK)[None, :]
+
+    # The gram matrix of the update.
     gram = tl.zeros((SIDE, SIDE), tl.float32)
     first = 0
     while first < m:  # Triton 3.6 does not interpret a range that ends at a tensor
         i = start + row * step_n + (first + column) * step_m
         mask = (row < n) & (first + column < m)
-        _, u = nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum)
+        _, u = nesterov_update(grad_ptr + i, exp_avg_ptr + i, mask, momentum, complement)
         gram += tl.dot(u, tl.trans(u), input_precision=PRECISION)
         first += CHUNK
+
+    # Newton-Schulz iterations, of the update with norm 1.
     eye = tl.where(row == tl.arange(0, SIDE)[None, :], 1.0, 0.0)
     norm = tl.sqrt(tl.sum(gram * eye)) + eps
-    gram, product = gram / (norm * norm), eye
+    gram = gram / (norm * norm)
+    product = eye
     for step in range(STEPS):
-        abc = coefficients_ptr + 3 * step
-        q = tl.load(abc + 2) * tl.dot(gram, gram, input_precision=PRECISION)
-        q += tl.load(abc) * eye + tl.load(abc + 1) * gram
+        abc_ptr = coefficients_ptr + 3 * step
+        q = tl.load(abc_ptr + 2) * tl.dot(gram, gram, input_precision=PRECISION)
+        q += tl.load(abc_ptr) * eye + tl.load(abc_ptr + 1) * gram
         product = tl.dot(q, product, input_precision=PRECISION)
         gram = tl.dot(q, gram, input_precision=PRECISION)
         gram = tl.dot(gram, q, input_precision=PRECISION)
+
+    # The update of weights and running mean.
     scale = lr * tl.sqrt(tl.maximum(rows / columns, 1.0)) / norm
     first = 0
     while first < m:
         i = start + row * step_n + (first + column) * step_m
         mask = (row < n) & (first + column < m)
-        exp_avg, u = nesterov_update(grad_ptr, exp_avg_ptr, i, mask, momentum)
+        exp_avg, u = nesterov_update(grad_ptr + i, exp_avg_ptr + i, mask, momentum, complement)
         p = tl.load(param_ptr + i, mask=mask, other=0.0) * (1 - lr * weight_decay)
         p -= scale * tl.dot(product, u, input_precision=PRECISION)
         tl.store(param_ptr + i, p, mask=mask)
         tl.store(exp_avg_ptr + i, exp_avg, mask=mask)
-        update_average(average_ptr + i, p, average_weight, mask)
         first += CHUNK
 
 
-def options(target):
-    """Three TF32 products of high and low halves are nearly an fp32 one, and spill less. There is
-    no TF32 before sm_80, AMD's matrix cores take fp32 as it is, and on sm_100 Triton 3.7.1 turns
-    the kernel into a trap.
-    """
-    has_tf32 = isinstance(target.arch, int) and target.arch >= 80 and target.arch // 10 != 10
-    precision = "tf32x3" if has_tf32 else "ieee"
-    is_amd = isinstance(target.arch, str)
-    return {"PRECISION": precision, "num_warps": target.num_warps(has_tf32 or is_amd)}
-
-
-def step(state):
-    """Update every matrix; `state` is the FusedStep."""
-    args = state.grad, state.counter, state.hparams, state.coefficients, state.matrices
-    args = *args, state.param, state.exp_avg, state.average, state.recipe.weight_decay, EPS
-    sizes = {"STEPS": len(COEFFICIENTS), "SIDE": SIDE, "CHUNK": CHUNK, **options(state.target)}
-    launch(muon_kernel, len(state.matrices), *args, **sizes)
+def update(step):
+    """Update the weights of every matrix; `step` is the FusedStep."""
+    # Three TF32 products of high and low halves are nearly an fp32 one, and spill less. There is
+    # no TF32 before sm_80, and on sm_100 Triton 3.7.1 turns the kernel into a trap.
+    has_tf32 = step.target.arch >= 80 and step.target.arch // 10 != 10
+    muon_kernel[(len(step.matrices),)](
+        step.grad,
+        step.counter,
+        step.hparams,
+        step.coefficients,
+        step.matrices,
+        step.param,
+        step.exp_avg,
+        step.recipe.weight_decay,
+        EPS,
+        STEPS=len(COEFFICIENTS),
+        SIDE=SIDE,
+        CHUNK=CHUNK,
+        PRECISION="tf32x3" if has_tf32 else "ieee",
+        num_warps=step.target.num_warps(uses_tensor_cores=has_tf32),
+    )

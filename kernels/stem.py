@@ -20,15 +20,16 @@ Letters: B batch, S side of an image (32), P side of a patch (2), N patches (256
 import triton
 import triton.language as tl
 
-from kernels.functions import INTERPRETED, cast, dot, gelu, launch, load, padded, split
+from kernels.functions import INTERPRETED, cast, dot, gelu, load, padded, split
 
 # Patches at once. The interpreter's time is that of operations, whatever their size.
-TILE, BACKWARD_TILE = 64, 64 if INTERPRETED else 32
+TILE = 128 if INTERPRETED else 64
+BACKWARD_TILE = 128 if INTERPRETED else 32
 
 
 @triton.jit
 def im2col(image_ptr, n, pixel, I: tl.constexpr, S: tl.constexpr, P: tl.constexpr, K: tl.constexpr):
-    """What conv1 sees at one of the P P pixels of patches n: (n, K), zero from 9 I on."""
+    """Load what conv1 sees at one of the P P pixels of patches n: (n, K), zero from 9 I on."""
     k = tl.arange(0, K)
     patch = (n // (S // P)) * (P * (S + 2)) + (n % (S // P)) * P
     tap = (k // 9) * ((S + 2) * (S + 2)) + (k % 9 // 3) * (S + 2) + k % 3
@@ -37,41 +38,59 @@ def im2col(image_ptr, n, pixel, I: tl.constexpr, S: tl.constexpr, P: tl.constexp
 
 
 @triton.jit(do_not_specialize=["batch_size"])
-def forward_kernel(
+def stem_forward_kernel(
     images_ptr,  # (N, I, S + 2, S + 2), working dtype, in the order of the epoch
     counter_ptr,  # (1,), int32, steps done in the epoch
-    weight1_ptr, bias1_ptr,  # (L, 9I), (L,)
-    weight2_ptr, bias2_ptr,  # (L, L, P, P), (L,)
-    proj_ptr, bias_ptr,  # (C, N), (C,)
-    cls_ptr, position_ptr,  # (C,), (T, C)
+    weight1_ptr,  # (L, 9I)
+    bias1_ptr,  # (L,)
+    weight2_ptr,  # (L, L, P, P)
+    bias2_ptr,  # (L,)
+    proj_ptr,  # (C, N)
+    bias_ptr,  # (C,)
+    cls_ptr,  # (C,)
+    position_ptr,  # (T, C)
     a_ptr,  # (B, N, L), working dtype
     x_ptr,  # (B, T, C), working dtype
     batch_size,  # images of a full batch on this rank
-    I: tl.constexpr, S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
-    C: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    I: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     N: tl.constexpr = (S // P) * (S // P)
     b = tl.program_id(0).to(tl.int64)
-    k, l, c = tl.arange(0, K), tl.arange(0, L), tl.arange(0, C)
+    k = tl.arange(0, K)
+    l = tl.arange(0, L)
+    c = tl.arange(0, C)
     image = tl.load(counter_ptr).to(tl.int64) * batch_size + b
     image_ptr = images_ptr + image * (I * (S + 2) * (S + 2))
     taps = l[:, None] * (9 * I) + k[None, :]
     w1 = load(weight1_ptr + taps, DTYPE, k[None, :] < 9 * I)  # (L, K)
-    b1, b2 = tl.load(bias1_ptr + l), tl.load(bias2_ptr + l)
+    b1 = tl.load(bias1_ptr + l)
+    b2 = tl.load(bias2_ptr + l)
     tokens = tl.zeros((C, L), tl.float32)
     for first in range(0, N, TILE):
+        # Both convolutions at a tile of patches.
         n = first + tl.arange(0, TILE)
         a = tl.zeros((TILE, L), tl.float32) + b2[None, :]
         for pixel in range(P * P):
             seen = im2col(image_ptr, n, pixel, I, S, P, K)
-            h, _ = gelu(dot(seen, tl.trans(w1)) + b1[None, :])  # (n, K) x (K, L) -> (n, L)
+            h = gelu(dot(seen, tl.trans(w1)) + b1[None, :])[0]  # (n, K) x (K, L) -> (n, L)
             w2 = load(weight2_ptr + (l[:, None] * L + l[None, :]) * (P * P) + pixel, DTYPE)
             a += dot(cast(h, DTYPE), tl.trans(w2))  # (n, L) x (L, L) -> (n, L)
         a = cast(a, DTYPE)
         tl.store(a_ptr + b * (N * L) + n[:, None] * L + l[None, :], a)
+
+        # The tile's part of every token.
         g = cast(gelu(a.to(tl.float32))[0], DTYPE)
         proj = load(proj_ptr + c[:, None] * N + n[None, :], DTYPE)
         tokens += dot(proj, g)  # (C, n) x (n, L) -> (C, L)
+
+    # The CLS token comes first; every token has a position.
     offsets = (l[None, :] + 1) * C + c[:, None]
     tokens += tl.load(bias_ptr + c)[:, None] + tl.load(position_ptr + offsets)
     x_ptr += b * ((L + 1) * C)
@@ -80,33 +99,58 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["batch_size", "B"], do_not_specialize_on_alignment=["count"])
-def backward_kernel(
-    images_ptr, counter_ptr, weight1_ptr, bias1_ptr, weight2_ptr, proj_ptr, a_ptr,  # as above
+def stem_backward_kernel(
+    images_ptr,  # (N, I, S + 2, S + 2), working dtype, in the order of the epoch
+    counter_ptr,  # (1,), int32, steps done in the epoch
+    weight1_ptr,  # (L, 9I)
+    bias1_ptr,  # (L,)
+    weight2_ptr,  # (L, L, P, P)
+    proj_ptr,  # (C, N)
+    a_ptr,  # (B, N, L), working dtype
     dx_ptr,  # (B, T, C), fp32
     conv1_ptr,  # (groups PP, 9IL + L), partial gradients of conv1's weight and bias
     rest_ptr,  # (groups, LLPP + L + CN + C), of conv2's weight and bias, proj's weight and bias
-    batch_size, B, count,  # images of a full batch, of this batch, of a group
-    I: tl.constexpr, S: tl.constexpr, P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
-    C: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    batch_size,  # images of a full batch on this rank
+    B,  # images of this batch
+    count,  # images of a group
+    I: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     N: tl.constexpr = (S // P) * (S // P)
     PP: tl.constexpr = P * P
     OWN: tl.constexpr = N // PP  # patches of dproj
-    group, pixel = tl.program_id(0) // PP, tl.program_id(0) % PP
-    k, l, c = tl.arange(0, K), tl.arange(0, L), tl.arange(0, C)
+    group = tl.program_id(0) // PP
+    pixel = tl.program_id(0) % PP
+    k = tl.arange(0, K)
+    l = tl.arange(0, L)
+    c = tl.arange(0, C)
     own = pixel * OWN + tl.arange(0, OWN)
-    taps, in_taps = l[:, None] * (9 * I) + k[None, :], k[None, :] < 9 * I
-    w1, b1 = load(weight1_ptr + taps, DTYPE, in_taps), tl.load(bias1_ptr + l)  # (L, K), (L,)
+    taps = l[:, None] * (9 * I) + k[None, :]
+    in_taps = k[None, :] < 9 * I
+    w1 = load(weight1_ptr + taps, DTYPE, in_taps)  # (L, K)
+    b1 = tl.load(bias1_ptr + l)
     at = (l[:, None] * L + l[None, :]) * PP + pixel
     w2 = load(weight2_ptr + at, DTYPE)  # (L, L)
-    dweight1, dbias1 = tl.zeros((L, K), tl.float32), tl.zeros((L,), tl.float32)
-    dweight2, dbias2 = tl.zeros((L, L), tl.float32), tl.zeros((L,), tl.float32)
-    dproj, dbias = tl.zeros((C, OWN), tl.float32), tl.zeros((C,), tl.float32)
+    dweight1 = tl.zeros((L, K), tl.float32)
+    dbias1 = tl.zeros((L,), tl.float32)
+    dweight2 = tl.zeros((L, L), tl.float32)
+    dbias2 = tl.zeros((L,), tl.float32)
+    dproj = tl.zeros((C, OWN), tl.float32)
+    dbias = tl.zeros((C,), tl.float32)
     b = (group * count).to(tl.int64)
     stop = tl.minimum(b + count, B)
     while b < stop:
         image = tl.load(counter_ptr).to(tl.int64) * batch_size + b
-        image_ptr, a_tile_ptr = images_ptr + image * (I * (S + 2) * (S + 2)), a_ptr + b * (N * L)
+        image_ptr = images_ptr + image * (I * (S + 2) * (S + 2))
+        a_tile_ptr = a_ptr + b * (N * L)
+
+        # The projection, at this program's quarter of the patches.
         tokens = (l[:, None] + 1) * C + c[None, :]  # without the CLS token
         dx = tl.load(dx_ptr + b * ((L + 1) * C) + tokens)  # (L, C)
         dbias += tl.sum(dx, 0)
@@ -114,12 +158,13 @@ def backward_kernel(
         a_own = tl.load(a_tile_ptr + own[:, None] * L + l[None, :]).to(tl.float32)
         g = cast(gelu(a_own)[0], DTYPE)
         dproj += dot(tl.trans(dx), tl.trans(g))  # (C, L) x (L, n) -> (C, n)
+
+        # Both convolutions, at this program's pixel of every patch.
         for first in range(0, N, TILE):
             n = first + tl.arange(0, TILE)
             a = tl.load(a_tile_ptr + n[:, None] * L + l[None, :]).to(tl.float32)
-            da = gelu(a)[1]
             proj = load(proj_ptr + c[:, None] * N + n[None, :], DTYPE)
-            da *= dot(tl.trans(proj), tl.trans(dx))  # (n, C) x (C, L) -> (n, L)
+            da = gelu(a)[1] * dot(tl.trans(proj), tl.trans(dx))  # (n, C) x (C, L) -> (n, L)
             dbias2 += tl.sum(da, 0)
             da = cast(da, DTYPE)
             seen = im2col(image_ptr, n, pixel, I, S, P, K)
@@ -140,24 +185,66 @@ def backward_kernel(
     tl.store(rest_ptr + L + C * N + c, dbias, mask=pixel + c * 0 == 0)
 
 
-def constants(stem, target):
-    (C, N), (L, I), P = stem.proj.weight.shape, stem.conv1.weight.shape[:2], stem.conv2.stride[0]
-    sizes = {"I": I, "S": P * round(N**0.5), "P": P, "K": padded(9 * I), "L": L, "C": C}
-    return sizes | target.options
+def forward(step, x, num_images):
+    """Write step.a and x (B, T, C), the embedding of a batch of step.pixels.
+
+    `step` is the FusedStep.
+    """
+    model = step.model
+    stem = model.stem
+    I = stem.conv1.in_channels
+    stem_forward_kernel[(num_images,)](
+        step.pixels,
+        step.counter,
+        stem.conv1.weight,
+        stem.conv1.bias,
+        stem.conv2.weight,
+        stem.conv2.bias,
+        stem.proj.weight,
+        stem.proj.bias,
+        model.cls_token,
+        model.pos_embedding,
+        step.a,
+        x,
+        step.batch_size,
+        I=I,
+        S=model.config["image_size"],
+        P=model.config["patch_size"],
+        K=padded(9 * I),
+        L=stem.conv1.out_channels,
+        C=x.shape[2],
+        TILE=min(TILE, step.a.shape[1]),
+        **step.target.options,
+    )
 
 
-def forward(state, x, num_images):
-    """Write state.a and x, the embedding of state.pixels, which a margin of zeros pads."""
-    model = state.model
-    weights = *model.stem.parameters(), model.cls_token, model.pos_embedding
-    args = state.pixels, state.counter, *weights, state.a, x, state.batch_size
-    launch(forward_kernel, num_images, *args, TILE=TILE, **constants(model.stem, state.target))
-
-
-def backward(state, dx, num_images):
-    """Write partial gradients of conv1 and of the other parameters, given dx."""
-    weight1, bias1, weight2, _, proj, _ = state.model.stem.parameters()
-    args = state.pixels, state.counter, weight1, bias1, weight2, proj, state.a, dx
-    args = *args, state.partials["conv1"], state.partials["stem"], state.batch_size, num_images
-    sizes, (groups, count) = constants(state.model.stem, state.target), split(num_images)
-    launch(backward_kernel, sizes["P"] ** 2 * groups, *args, count, TILE=BACKWARD_TILE, **sizes)
+def backward(step, dx, num_images):
+    """Write the partial gradients of conv1, and of conv2 and proj, given dx (B, T, C)."""
+    model = step.model
+    stem = model.stem
+    I = stem.conv1.in_channels
+    P = model.config["patch_size"]
+    groups, count = split(num_images)
+    stem_backward_kernel[(groups * P * P,)](
+        step.pixels,
+        step.counter,
+        stem.conv1.weight,
+        stem.conv1.bias,
+        stem.conv2.weight,
+        stem.proj.weight,
+        step.a,
+        dx,
+        step.partials["conv1"],
+        step.partials["stem"],
+        step.batch_size,
+        num_images,
+        count,
+        I=I,
+        S=model.config["image_size"],
+        P=P,
+        K=padded(9 * I),
+        L=stem.conv1.out_channels,
+        C=dx.shape[2],
+        TILE=min(BACKWARD_TILE, step.a.shape[1]),
+        **step.target.options,
+    )

@@ -1,23 +1,63 @@
-"""The training step on a GPU: launches over preallocated buffers. Read `FusedStep.launch`.
+"""The training step of a Trainer as Triton kernels over preallocated buffers.
 
-There is no autograd, no random number and no value of the host in it: images are augmented for a
-whole epoch ahead, as in PyTorch; lr and momentum come from a table on the device, at the row of a
-counter on the device that the step itself advances. So a step is one CUDA graph, replayed.
-trainer.Trainer.torch_step is the reference.
+Read `FusedStep.step`, then `gradient` and `update_weights`. There is no autograd, no random number
+and no value of the host in these two: images are augmented for a whole epoch ahead, by the code
+that PyTorch runs; lr and momentum come from a table on the device, at the row of a counter on the
+device that the step itself advances. So each of the two is a CUDA graph, replayed.
 
-Gradients of activations are those of the *sum* of losses, a static loss scale for fp16, whose range
-of values docs/kernels.md has. The sum over partial gradients, in fp32, divides by the batch size.
+Gradients of activations are those of the *sum* of losses. The sum over partial gradients, in fp32,
+divides by the batch size.
 """
 
+import subprocess
+import sys
+
 import torch
+from triton.errors import TritonError
 
 from augment import augment
+from cli import UsageError, first_line
 from kernels import attention, head, mlp, muon, stem, update
-from kernels.functions import Target, split
-from kernels.graph import GraphedFunction
-from schedule import COEFFICIENTS, build_optimizers
+from kernels.functions import INTERPRETED, NUM_HPARAMS, Target, split
+from kernels.self_test import self_test
+from optim import COEFFICIENTS, average_weight, build_optimizers
 
 AUGMENT_BATCH = 5000  # images, which bounds the memory that augmentation takes for a moment
+MAX_CLASSES = 256  # the kernel of the head keeps its whole matrix on chip
+# What compiling and running kernels raises: Triton, its C compiler, its cache, CUDA, no memory.
+KERNEL_ERRORS = (TritonError, subprocess.CalledProcessError, OSError, RuntimeError)
+
+
+def checked_step(trainer):
+    """Return the FusedStep of a Trainer, or None where the kernels cannot be trusted.
+
+    Then a line on stderr says why. Raises UsageError instead where the user asks for the kernels.
+    """
+    runtime = trainer.runtime
+    step = None
+    reason = None
+    if trainer.dataset.num_classes > MAX_CLASSES:
+        reason = f"{trainer.dataset.num_classes} classes are more than {MAX_CLASSES}"
+    else:
+        try:
+            step = FusedStep(trainer)
+            if not INTERPRETED:  # which has no hardware to test
+                print("kernels  compiling and checking, for a minute the first time", flush=True)
+                reason = self_test(step)
+        except KERNEL_ERRORS as error:
+            reason = f"they do not run on this device: {first_line(error)}"
+
+    # All ranks train by the same implementation.
+    failures = torch.zeros(1, device=runtime.device)
+    if reason:
+        failures += 1
+    if runtime.ranks.all_reduce_sum(failures).item() == 0:
+        return step
+    reason = reason or "they fail on another rank"
+    if runtime.kernels == "triton":
+        raise UsageError(f"--kernels triton: {reason}")
+    print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
+    return None
 
 
 class FusedStep:
@@ -28,175 +68,295 @@ class FusedStep:
     """
 
     def __init__(self, trainer, target=None):
-        self.trainer, self.recipe, self.dist = trainer, trainer.recipe, trainer.runtime.dist
-        self.model, self.totals = trainer.model, trainer.totals
-        self.finite_counts, self.dataset = trainer.finite_counts, trainer.dataset
-        self.device = device = self.dataset.train_images.device
-        self.target = target or Target.of(device, trainer.runtime.dtype)
-        self.param, has_average = flatten(self.model), trainer.averaged_model is not self.model
-        self.average = flatten(trainer.averaged_model) if has_average else self.param
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.param), torch.zeros_like(self.param)
-        self.grad = torch.zeros(len(self.param) + 2, device=device)  # and sum of losses, correct
-        self.counter, self.next_step = torch.zeros(1, dtype=torch.int32, device=device), None
-        self.hparams = torch.zeros(trainer.steps_per_epoch, 6, device=device)
-        self.aux_weight = torch.zeros(1, device=device)
-        self.coefficients = torch.tensor(COEFFICIENTS, device=device)
-        self.allocate(self.recipe.batch_size, len(self.dataset.train_images))
+        self.recipe = trainer.recipe
+        self.dataset = trainer.dataset
+        self.normalize = trainer.normalize
+        self.steps_per_epoch = trainer.steps_per_epoch
+        self.ranks = trainer.runtime.ranks
+        self.model = trainer.model
+        self.totals = trainer.totals
+        self.device = trainer.dataset.train_images.device
+        self.target = target or Target.of(self.device, trainer.runtime.dtype)
+
+        self.param = flatten(self.model)
+        self.exp_avg = torch.zeros_like(self.param)
+        self.exp_avg_sq = torch.zeros_like(self.param)
+        self.grad = torch.zeros(len(self.param) + 2, device=self.device)  # and loss sum, correct
+        self.average = None
+        if trainer.averaged_model is not trainer.model:
+            self.average = flatten(trainer.averaged_model)
+
+        self.epoch = 0
+        self.next_step = None  # the step whose number the counter has
+        self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.hparams = torch.zeros(self.steps_per_epoch, NUM_HPARAMS.value, device=self.device)
+        self.graphs = {}
+        self.allocate()
         self.assign_optimizers()
-        self.run = GraphedFunction(self.launch, device)
 
-    def launch(self, key):
-        """Launch all kernels of a step on this rank's images of a batch.
+    # --- the step ---
 
-        `key` is the size of the batch, and whether there is a second loss: then the last block
-        computes all tokens.
-        """
-        size, aux = key
-        num_images, tiles = self.batches[key]
-        partials, recipe, args = self.partials, self.recipe, (num_images, self.target)
-        (x, z, dx, dz), blocks = self.activations[aux], list(enumerate(self.model.blocks))
-
-        stem.forward(self, x[0], num_images)
-        for i, block in blocks:
-            weights = list(block.attention.parameters()), block.attention.heads
-            attention.forward(x[i], *weights, z[i], *args)
-            mlp.forward(block.mlp, z[i], x[i + 1], *args)
-        head.forward_backward(self, x[-1], dx[-1], num_images)
-        for i, block in reversed(blocks):
-            mlp.backward(block.mlp, z[i], dx[i + 1], dz[i], partials["mlp", i], *args)
-            weights = list(block.attention.parameters()), block.attention.heads
-            attention.backward(x[i], *weights, dz[i], dx[i], partials["attention", i], *args)
-        stem.backward(self, dx[0], num_images)
-        update.reduce(self, tiles, 1 / size, recipe.l1 * (self.dist.rank == 0))
-        self.dist.all_reduce_sum(self.grad)
-        if recipe.optimizer == "muon":
-            muon.step(self)
-        update.adamw(self)
-
-    def begin_epoch(self, plan, lrs, momenta):
-        """Augment this rank's images by the EpochPlan of trainer.epoch; copy lrs and momenta."""
-        trainer, dataset, recipe, rows = self.trainer, self.dataset, self.recipe, plan.at(self.rows)
-        self.labels.copy_(dataset.train_labels[rows.indices])
-        self.targets.copy_(trainer.targets[rows.indices])
-        for i in range(0, len(self.rows), AUGMENT_BATCH):
-            part = rows.at(slice(i, i + AUGMENT_BATCH))
-            images = augment(dataset.train_images[part.indices], part, recipe, trainer.normalize)
-            inside = self.pixels[i : i + AUGMENT_BATCH, :, 1:-1, 1:-1]
+    def begin_epoch(self, epoch, plan, lrs, momenta):
+        """Augment this rank's images by the plan of an epoch; lrs and momenta have one a step."""
+        rows = plan.at(self.rows)
+        self.labels.copy_(self.dataset.train_labels[rows.indices])
+        for first in range(0, len(self.rows), AUGMENT_BATCH):
+            part = rows.at(slice(first, first + AUGMENT_BATCH))
+            images = self.dataset.train_images[part.indices]
+            images = augment(images, part, self.recipe, self.normalize)
+            inside = self.pixels[first : first + AUGMENT_BATCH, :, 1:-1, 1:-1]
             inside.copy_(images.to(self.target.dtype))
-        n = trainer.epoch * trainer.steps_per_epoch + 1 + torch.arange(len(lrs)).double()
-        lr, momentum = torch.tensor([lrs, momenta], dtype=torch.float64)
-        window = (recipe.weight_avg_frac * n).clamp(min=1)  # steps of the average, if there is one
-        corrections = 1 - momentum**n, 1 - recipe.beta2**n
-        weight = (self.average is not self.param) / window
-        columns = lr, momentum, lr * recipe.adamw_lr_scale, *corrections, weight
-        self.hparams[: len(lrs)].copy_(torch.stack(columns, 1))
-        self.aux_weight.fill_(trainer.aux_weight)
+
+        # Columns in the order of functions.MUON_LR and those after it; n counts all steps.
+        table = []
+        n = epoch * self.steps_per_epoch
+        for lr, momentum in zip(lrs, momenta):
+            n += 1
+            adamw_lr = lr * self.recipe.adamw_lr_scale
+            correction1 = 1 - momentum**n
+            correction2 = 1 - self.recipe.beta2**n
+            table.append([lr, momentum, 1 - momentum, adamw_lr, correction1, correction2])
+        self.hparams[: len(table)].copy_(torch.tensor(table))
+        self.epoch = epoch
         self.next_step = None
 
     def step(self, i):
-        """Train on batch i of the plan."""
+        """Train on batch i of the epoch's plan; adds to the trainer's totals."""
         if i != self.next_step:
             self.counter.fill_(i)
-        size = self.recipe.batch_size
-        size = min(size, len(self.dataset.train_images) - i * size)
-        self.run((size, self.trainer.aux_weight > 0))
+        first = i * self.recipe.batch_size
+        size = min(self.recipe.batch_size, len(self.dataset.train_images) - first)
+        self.run(self.gradient, size)
+        # Outside the graphs, where the process group notices a rank that is lost.
+        self.ranks.all_reduce_sum(self.grad)
+        self.run(self.update_weights)
+        if self.average is not None:
+            n = self.epoch * self.steps_per_epoch + i + 1
+            self.average.lerp_(self.param, average_weight(self.recipe, n))
         self.next_step = i + 1
 
-    def state_dict(self):
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+    def gradient(self, size):
+        """Launch forward and backward for this rank's images of a batch of `size`."""
+        num_images, tiles = self.batches[size]
+        heads = self.model.config["heads"]
+        blocks = list(enumerate(self.model.blocks))
+        target = self.target
+        x = self.x
+        z = self.z
+        dx = self.dx
+        dz = self.dz
 
-    def load_state_dict(self, state):
-        self.exp_avg.copy_(state["exp_avg"])
-        self.exp_avg_sq.copy_(state["exp_avg_sq"])
+        # x[i] goes into block i, z[i] from its attention half to its MLP half.
+        stem.forward(self, x[0], num_images)
+        for i, block in blocks:
+            weights = block.attention.parameters()
+            attention.forward(x[i], weights, heads, z[i], num_images, target)
+            mlp.forward(z[i], block.mlp, x[i + 1], num_images, target)
+
+        # Loss, and the way back. A gradient of weights is partial: a row a program.
+        head.forward_backward(self, x[-1], dx[-1], num_images)
+        for i, block in reversed(blocks):
+            partial = self.partials["mlp", i]
+            mlp.backward(z[i], block.mlp, dx[i + 1], dz[i], partial, num_images, target)
+            weights = block.attention.parameters()
+            partial = self.partials["attention", i]
+            attention.backward(x[i], weights, heads, dz[i], dx[i], partial, num_images, target)
+        stem.backward(self, dx[0], num_images)
+
+        # The gradient. Those of all ranks are added: one of them has L1's.
+        l1 = self.recipe.l1 if self.ranks.rank == 0 else 0.0
+        update.reduce(self, tiles, 1 / size, l1)
+
+    def update_weights(self):
+        """Launch the optimizers, on the gradient of all ranks."""
+        if self.recipe.optimizer == "muon":
+            muon.update(self)
+        update.adamw(self)
+
+    def run(self, function, *args):
+        """Call a function that launches kernels; later calls replay what the first launched."""
+        if INTERPRETED:
+            function(*args)
+            return
+        key = (function.__name__, *args)
+        if key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            function(*args)  # compiles the kernels
+            self.graphs[key] = self.capture(function, *args)
+
+    def capture(self, function, *args):
+        """Return a CUDA graph of what a function launches; nothing of it runs."""
+        graph = torch.cuda.CUDAGraph()
+        # NCCL has a thread that asks the driver about events, which the mode "global" forbids.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function(*args)
+        return graph
+
+    # --- state by name ---
+
+    def named(self, flat):
+        """Return {name of a parameter: its view of a flat tensor}."""
+        views = {}
+        start = 0
+        for name, p in self.model.named_parameters():
+            views[name] = flat[start : start + p.numel()].view(p.shape)
+            start += p.numel()
+        return views
+
+    def named_state(self):
+        """Return the optimizers' averages, views: {"exp_avg": {name: view}, "exp_avg_sq": ...}.
+
+        exp_avg_sq has the parameters of AdamW alone.
+        """
+        exp_avg_sq = self.named(self.exp_avg_sq)
+        for name in self.muon_names:
+            del exp_avg_sq[name]
+        return {"exp_avg": self.named(self.exp_avg), "exp_avg_sq": exp_avg_sq}
 
     # --- buffers and tables ---
 
-    def allocate(self, full, N):
-        """Buffers for batches of `full` of N images, and the last one, which may be smaller."""
+    def allocate(self):
+        """Make the buffers of an epoch's images and of a batch's activations and gradients."""
         config = self.model.config
-        S, T, C = config["image_size"], config["channels"] + 1, config["dim"]
-        buffer = lambda *shape: torch.zeros(shape, dtype=self.target.storage, device=self.device)
-        sizes = [min(full, N - first) for first in range(0, N, full)]
-        shards = {size: self.dist.shard(size) for size in {*sizes}}
-        rows = [torch.arange(*shards[size]) + i * full for i, size in enumerate(sizes)]
-        self.rows = torch.cat(rows).to(self.device)  # of an epoch's plan, this rank's
-        counts = {size: stop - start for size, (start, stop) in shards.items()}
-        self.batch_size, B = counts[sizes[0]], max(counts.values())
-        tables = self.dataset.train_labels, self.trainer.targets
-        self.labels, self.targets = (torch.zeros_like(x[self.rows]) for x in tables)
-        # The kernels read pixels in a margin of zeros.
-        self.pixels = buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
-        self.a = buffer(B, S * S // config["patch_size"] ** 2, T - 1)  # conv2, before its GELU
-        shapes = self.partial_shapes(B, self.recipe.aux_weight > 0)
-        numels = [rows * columns for rows, columns in shapes.values()]
-        pieces = torch.zeros(sum(numels), device=self.device).split(numels)
-        self.partials = {k: piece.view(shapes[k]) for k, piece in zip(shapes, pieces)}
-        x, z, dx, dz = ([buffer(B, T, C) for _ in self.model.blocks] for _ in range(4))
-        # The gradient of the first block's input is fp32: it is a partial one of pos_embedding.
-        x, dx = [buffer(B, T, C), *x], [self.partials["embedding"].view(B, T, C), *dx]
-        cls_only = lambda tensors: [*tensors[:-1], tensors[-1].flatten(0, 1)[:B, None]]  # (B, 1, C)
-        self.activations = {True: (x, z, dx, dz), False: tuple(map(cls_only, (x, z, dx, dz)))}
-        modes = {False, self.recipe.aux_weight > 0}
-        self.batches = {
-            (size, aux): (count, self.reduce_tiles(count, aux))
-            for size, count in counts.items() for aux in modes
-        }  # fmt: skip
+        S = config["image_size"]
+        T = config["channels"] + 1
+        C = config["dim"]
+        num_patches = (S // config["patch_size"]) ** 2
+        full = self.recipe.batch_size
+        N = len(self.dataset.train_images)
 
-    def partial_shapes(self, B, aux):
-        """Rows and columns of the partial gradients of B images, in the order of parameters."""
-        model, (programs, _) = self.model, split(B)
+        # This rank's rows of an epoch's plan. The last batch may be smaller than others.
+        rows = []
+        counts = {}  # size of a batch -> images of it on this rank
+        for first in range(0, N, full):
+            size = min(full, N - first)
+            start, stop = self.ranks.shard(size)
+            rows.append(torch.arange(first + start, first + stop))
+            counts[size] = stop - start
+        self.rows = torch.cat(rows).to(self.device)
+        self.batch_size = len(rows[0])
+        B = max(counts.values())
+
+        # Inputs of an epoch. The kernels read pixels in a margin of zeros.
+        self.pixels = self.buffer(len(self.rows), config["in_channels"], S + 2, S + 2)
+        self.labels = torch.zeros_like(self.dataset.train_labels[self.rows])
+
+        # Partial gradients, in one tensor: the kernel that sums them takes it as a whole.
+        shapes = self.partial_shapes(B)
+        sizes = [num_rows * columns for num_rows, columns in shapes.values()]
+        self.partial = torch.zeros(sum(sizes), device=self.device)
+        pieces = self.partial.split(sizes)
+        self.partials = {name: p.view(shapes[name]) for name, p in zip(shapes, pieces)}
+
+        # Activations and their gradients; the last block computes the CLS token alone.
+        # The gradient of the first block's input is fp32: it is a partial one of pos_embedding.
+        self.a = self.buffer(B, num_patches, T - 1)  # conv2, before its GELU
+        self.x = [self.buffer(B, T, C)]
+        self.z = []
+        self.dx = [self.partials["embedding"].view(B, T, C)]
+        self.dz = []
+        for i in range(config["depth"]):
+            num_tokens = 1 if i == config["depth"] - 1 else T
+            self.x.append(self.buffer(B, num_tokens, C))
+            self.z.append(self.buffer(B, num_tokens, C))
+            self.dx.append(self.buffer(B, num_tokens, C))
+            self.dz.append(self.buffer(B, num_tokens, C))
+
+        self.batches = {}  # size of a batch -> its images on this rank, table of update.reduce
+        for size, count in counts.items():
+            self.batches[size] = (count, self.reduce_tiles(count))
+
+    def buffer(self, *shape):
+        return torch.zeros(shape, dtype=self.target.storage, device=self.device)
+
+    def partial_shapes(self, num_images):
+        """Return rows and columns of the partial gradients, in the order of the parameters.
+
+        A backward kernel has a row for each of its programs, the embedding for each image.
+        """
+        model = self.model
+        programs, _ = split(num_images)
         tokens = model.pos_embedding.shape[1]
-        numel = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
-        shapes = {"embedding": (B, model.pos_embedding.numel())}
-        shapes["conv1"] = programs * model.config["patch_size"] ** 2, numel(model.stem.conv1)
-        shapes["stem"] = programs, numel(model.stem.conv2, model.stem.proj)
+        shapes = {}
+        shapes["embedding"] = (num_images, model.pos_embedding.numel())
+        pixels = model.config["patch_size"] ** 2
+        shapes["conv1"] = (programs * pixels, num_params(model.stem.conv1))
+        shapes["stem"] = (programs, num_params(model.stem.conv2) + num_params(model.stem.proj))
         for i, block in enumerate(model.blocks):
-            shapes["attention", i] = programs, numel(block.attention)
-            rows = B * tokens if aux or i < len(model.blocks) - 1 else B
-            shapes["mlp", i] = mlp.num_programs(rows), numel(block.mlp)
-        shapes["head"] = programs, numel(model.norm, model.head) + 2
+            is_last = i == len(model.blocks) - 1
+            num_tokens = num_images if is_last else num_images * tokens
+            shapes["attention", i] = (programs, num_params(block.attention))
+            shapes["mlp", i] = (mlp.num_programs(num_tokens), num_params(block.mlp))
+        # After the parameters come the sum of losses and the number of correct predictions.
+        shapes["head"] = (programs, num_params(model.norm) + num_params(model.head) + 2)
         return shapes
 
-    def reduce_tiles(self, count, aux):
-        """The table of update.reduce for `count` images."""
-        shapes, C = self.partial_shapes(count, aux), self.model.config["dim"]
-        segments, end = [(0, *shapes["embedding"], C, 0)], C  # CLS token: row 0 of positions
+    def reduce_tiles(self, num_images):
+        """Return the table of update.reduce: (tiles, 5), int64.
+
+        A tile is some columns of partial gradients: where they begin in self.partial, rows,
+        distance of rows, columns, and where their sums go in self.grad.
+        """
+        # The CLS token lies in front, at the first position: it has the same gradient.
+        shapes = self.partial_shapes(num_images)
+        rows, stride = shapes["embedding"]
+        C = self.model.config["dim"]
+        segments = [(0, rows, stride, C, 0)]
+        end = C
         for name, (rows, columns) in shapes.items():
-            segments.append((self.partials[name].storage_offset(), rows, columns, columns, end))
+            offset = self.partials[name].storage_offset()
+            segments.append((offset, rows, columns, columns, end))
             end += columns
-        tiles = [
-            [offset + c, rows, stride, min(update.COLUMNS, columns - c), target + c]
-            for offset, rows, stride, columns, target in segments
-            for c in range(0, columns, update.COLUMNS)
-        ]
+
+        tiles = []
+        for offset, rows, stride, columns, goal in segments:
+            for c in range(0, columns, update.COLUMNS):
+                width = min(update.COLUMNS, columns - c)
+                tiles.append([offset + c, rows, stride, width, goal + c])
         return torch.tensor(tiles, device=self.device)
 
     def assign_optimizers(self):
-        """Which parameters are Muon's, and the tables of both optimizers."""
+        """Make the tables of Muon's matrices and of AdamW's blocks of parameters."""
         *muons, adamw = build_optimizers(self.recipe, self.model)
-        decay = {p: bool(g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
-        num_chunks = {}
+        num_chunks = {}  # of Muon's parameters: q, k and v are three matrices
         for optimizer in muons:
             num_chunks |= zip(optimizer.param_groups[0]["params"], optimizer.num_chunks)
-        self.is_muon = [p in num_chunks for p in self.model.parameters()]
-        matrices, blocks, N, size, end = [], [], len(self.param), update.BLOCK, 0
-        counts = [[N, N + 1, 0]]  # the loss
-        for p in self.model.parameters():
-            start, end = end, end + p.numel()
-            counts.append([start, end, 0])
+        decays = {}
+        for group in adamw.param_groups:
+            for p in group["params"]:
+                decays[p] = group["weight_decay"] > 0
+
+        self.muon_names = []
+        matrices = []  # offset, rows, columns
+        blocks = []  # first offset, end, whether it decays
+        start = 0
+        for name, p in self.model.named_parameters():
+            end = start + p.numel()
             if p in num_chunks:
-                rows, columns = len(p) // num_chunks[p], p.numel() // len(p)
-                matrices += [[i, rows, columns] for i in range(start, end, rows * columns)]
+                self.muon_names.append(name)
+                rows = len(p) // num_chunks[p]
+                columns = p.numel() // len(p)
+                for i in range(start, end, rows * columns):
+                    matrices.append([i, rows, columns])
             else:
-                blocks += [[i, min(i + size, end), decay[p]] for i in range(start, end, size)]
-        table = lambda rows: torch.tensor(rows, dtype=torch.int32, device=self.device)
-        self.matrices, self.blocks = table(matrices), table(counts + blocks)
+                for i in range(start, end, update.BLOCK):
+                    blocks.append([i, min(i + update.BLOCK, end), decays[p]])
+            start = end
+        self.matrices = torch.tensor(matrices, dtype=torch.int32, device=self.device)
+        self.blocks = torch.tensor(blocks, dtype=torch.int32, device=self.device)
+        self.coefficients = torch.tensor(COEFFICIENTS, device=self.device)
+
+
+def num_params(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def flatten(model):
-    """A flat float32 tensor of which the model's parameters become views."""
-    params = list(model.parameters())
-    flat = torch.cat([p.detach().flatten() for p in params])
-    for p, piece in zip(params, flat.split([p.numel() for p in params])):
-        p.data = piece.view(p.shape)
+    """Return a flat float32 tensor of which the model's parameters become views."""
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = 0
+    for p in model.parameters():
+        p.data = flat[start : start + p.numel()].view(p.shape)
+        start += p.numel()
     return flat

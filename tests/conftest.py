@@ -1,4 +1,4 @@
-"""Shared by the test files: small datasets, trainers on them, scripts run in the test process."""
+"""What the test files share: small datasets, trainers on them, scripts run in the test process."""
 
 import copy
 import dataclasses
@@ -22,9 +22,11 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import cli
 import data
-from runtime import Distributed, Runtime
-from schedule import RECIPES
-from trainer import Trainer, build_model, save_checkpoint
+from checkpoint import save_checkpoint
+from recipes import RECIPES
+from runtime import Ranks, Runtime
+from train import Trainer
+from vit import build_model
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
@@ -32,6 +34,18 @@ RUN_FILES = ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
 # Processes are forked from one that has imported torch, and what optimizers import, once.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--order", help="run tests in another order: reversed, or a seed to shuffle")
+
+
+def pytest_collection_modifyitems(config, items):
+    order = config.getoption("--order")
+    if order == "reversed":
+        items.reverse()
+    elif order is not None:
+        random.Random(order).shuffle(items)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +63,10 @@ def small_shapes(monkeypatch, small):
 @pytest.fixture
 def text_figures(monkeypatch):
     """Figures are saved as text, which is faster."""
-    savefig = lambda figure, path, **options: path.write_text("figure")
+
+    def savefig(figure, path, **options):
+        path.write_text("figure")
+
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
@@ -113,31 +130,33 @@ def make_trainer(dataset, recipe, seed=1, device="cpu", **runtime):
     return Trainer(recipe, dataset, Runtime(device, **runtime), seed)
 
 
+def train_epoch(trainer, epoch):
+    """Train for a whole epoch: (mean loss, accuracy in percent)."""
+    trainer.begin_epoch(epoch)
+    for i in range(trainer.steps_per_epoch):
+        trainer.step(i)
+    return trainer.end_epoch()
+
+
 def make_model():
     """A fresh network in which embeddings are small enough not to hide the image."""
     recipe = dataclasses.replace(RECIPES["original"], embed_init_std=0.02)
     return build_model(recipe, 10, 1, "cpu").eval()
 
 
-class FakeRank(Distributed):
+class FakeRank(Ranks):
     """A rank which records what it reduces, and adds what `others` have recorded."""
 
     def __init__(self, rank, world_size, others=()):
-        super().__init__()
-        self.rank, self.world_size, self.others, self.recorded = rank, world_size, others, []
+        super().__init__(rank, world_size)
+        self.others = others
+        self.recorded = []
 
     def all_reduce_sum(self, tensor):
         self.recorded.append(tensor.clone())
         for other in self.others:
             tensor += other.recorded[-1]
         return tensor
-
-
-def corrupted(content, number):
-    """`content` truncated, with a bit flipped, or with a piece cut or repeated, by `number`."""
-    start, to = random.Random(number).choices(range(len(content)), k=2)
-    flipped = bytes([content[start] ^ 1 << number % 8]) + content[start + 1 :]
-    return content[:start] + (b"", flipped, content[to:])[number % 3]
 
 
 def only_run(out):
@@ -167,12 +186,14 @@ def write_images(root, num_train, num_test):
 
 def tampered(ckpt, *path, value=None):
     """A copy with the value at `path` replaced, or deleted, and a sha256 that fits."""
-    inner = ckpt = copy.deepcopy({k: v for k, v in ckpt.items() if k != "sha256"})
+    ckpt = copy.deepcopy({k: v for k, v in ckpt.items() if k != "sha256"})
+    inner = ckpt
     for name in path[:-1]:
         inner = inner[name]
-    inner[path[-1]] = value
     if value is None:
         del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
     return {**ckpt, "sha256": cli.sha256(ckpt)}
 
 

@@ -1,25 +1,19 @@
 """Saliency maps where the answer is known, the measures that judge them, and the script."""
 
-import itertools
-from unittest.mock import Mock
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model, save_small_checkpoint
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-import faithfulness
 import gradcam
 import plots
 from augment import Normalize
 from cli import read_csv
-from gradcam import LAYER, METHODS, GradCAM, is_spatial
-from sources import SHAPE_NAMES
-
-BASELINES = ["random pixels", "random grid", "center", "edges"]
+from gradcam import LAYERS, METHODS, GradCAM
+from shapes import SHAPE_NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +21,8 @@ def few_masks(monkeypatch):
     monkeypatch.setattr(gradcam, "NUM_MASKS", 4)
 
 
-def noise(count):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def explain(model, layer, method, *args, **kwargs):
@@ -36,186 +30,213 @@ def explain(model, layer, method, *args, **kwargs):
         return cam(*args, **kwargs)
 
 
-def upsampled(maps):
-    return F.interpolate(maps[:, None], (32, 32), mode="bilinear", align_corners=False)[:, 0]
+# --- maps ---
 
 
 def test_maps_of_a_linear_head():
     """A convolution, an in-place ReLU, and a head that reads every position."""
     torch.manual_seed(0)
     features = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.ReLU(inplace=True))
-    model = nn.Sequential(features, nn.Flatten(), nn.Linear(5 * 256, 4))
-    images, classes = noise(4), torch.tensor([[3, 2, 1, 0], [1, 1, 2, 2]])
-    activations = features(images).detach()
-    model[2].weight.data[:2, :256] = 0  # gradcam++ is 0 / 0 in its paper there
-    weights, others = model[2].weight[classes].detach().view(2, 4, 5, 16, 16)
-    cubes = activations.sum((2, 3), keepdim=True) * weights**3
-    alphas = torch.where(weights > 0, weights**2 / (2 * weights**2 + cubes), 0)
-    factors = {"hirescam": weights, "gradcam": weights.mean((2, 3), keepdim=True)}
-    factors |= {"layercam": weights.relu(), "finercam": weights - others}
-    factors["gradcam++"] = (alphas * weights.relu()).sum((2, 3), keepdim=True)
-    for method, factor in factors.items():
-        expected = upsampled((factor * activations).sum(1).relu())
-        raw = explain(model, "0.1", method, images, *classes, normalize=False)
-        assert torch.allclose(raw, expected, atol=1e-6)
-        maps = explain(model, "0.1", method, images, *classes)
-        assert torch.allclose(maps, gradcam.normalize_map(expected), atol=1e-5)
-        # The gradient before an in-place ReLU is 0 where the ReLU is.
-        before = explain(model, "0.0", method, images, *classes, normalize=False)
-        assert torch.allclose(before, raw, atol=1e-6) == ("gradcam" not in method)
+    model = nn.Sequential(features, nn.Flatten(), nn.Linear(5 * 16 * 16, 4))
+    images = noise(4, 3, 32, 32)
+    targets = torch.tensor([3, 2, 1, 0])
+    weights = model[2].weight[targets].detach().view(4, 5, 16, 16)
+    before = features[0](images).detach()
+    after = before.relu()
+    # The ReLU lets no gradient through where its input is negative.
+    layers = {"0.0": (before, weights * (before > 0)), "0.1": (after, weights)}
+    for layer, (activations, gradients) in layers.items():
+        means = gradients.mean((2, 3), keepdim=True)
+        for method, factor in (("gradcam", means), ("hirescam", gradients)):
+            expected = (factor * activations).sum(1, keepdim=True).relu()
+            expected = F.interpolate(expected, (32, 32), mode="bilinear")[:, 0]
+            found = explain(model, layer, method, images, targets, normalize=False)
+            assert torch.allclose(found, expected, atol=1e-5)
+
+            low = expected.amin((1, 2), keepdim=True)
+            high = expected.amax((1, 2), keepdim=True)
+            found = explain(model, layer, method, images, targets)
+            assert torch.allclose(found, (expected - low) / (high - low), atol=1e-4)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_masked_gradients_are_what_pixels_add(power):
+    images = noise(4, 3, 24, 32)
+    targets = torch.tensor([3, 2, 1, 0])
+    weights = noise(4, 3, 24, 32) / 100
+    seen = []
+
+    def model(images):
+        seen.append(images.detach())
+        return images.pow(power).flatten(1) @ weights.flatten(1).T
+
+    found = explain(model_of(model), None, "masked-gradients", images, targets, normalize=False)
+    blurred = gradcam.blur(images, 3)
+    mean = torch.zeros_like(images)
+    replacements = [blurred, mean] * 4
+    total = 0
+    for masked, replacement in zip(seen, replacements, strict=True):
+        low = torch.minimum(images, replacement) - 1e-5
+        high = torch.maximum(images, replacement) + 1e-5
+        assert (low <= masked).all() and (masked <= high).all()
+        assert not torch.allclose(masked, images, atol=0.1)
+        assert not torch.allclose(masked, replacement, atol=0.1)
+        gradient = power * weights[targets] * masked ** (power - 1)
+        total = total + (gradient * (images - replacement)).sum(1)
+    expected = gradcam.blur((total / 8).relu(), 1)
+    assert torch.allclose(found, expected, atol=1e-5)
+    if power == 1:  # whatever the masks
+        added = weights[targets] * (images - blurred / 2)
+        assert torch.allclose(found, gradcam.blur(added.sum(1).relu(), 1), atol=1e-5)
+
+
+def model_of(function):
+    model = nn.Module()
+    model.forward = function
+    return model
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_and_targets(method):
-    model, images, targets = make_model(), noise(5), torch.tensor([0, 4, 9, 2, 2])
-    with GradCAM(model, method=method) as cam, torch.no_grad():
-        maps, predicted = cam(images, targets), model(images).argmax(1)
-        alone = torch.cat([cam(images[i : i + 1], targets[i : i + 1]) for i in range(5)])
-        assert maps.shape == (5, 32, 32) and torch.allclose(maps, alone, atol=1e-4)
-        assert maps.amin((1, 2)).tolist() == [0] * 5 and maps.amax((1, 2)).tolist() == [1] * 5
+    model = make_model()
+    images = noise(5, 3, 32, 32)
+    targets = torch.tensor([0, 4, 9, 2, 2])
+    predicted = model(images).argmax(1)
+    with GradCAM(model, method=method) as cam:
+        maps = cam(images, targets)
+        assert maps.shape == (5, 32, 32)
+        assert maps.amin((1, 2)).tolist() == [0] * 5
+        assert maps.amax((1, 2)).tolist() == [1] * 5
+        for i in range(5):  # an image's map depends on nothing else in the batch
+            alone = cam(images[i : i + 1], targets[i : i + 1])
+            assert torch.allclose(maps[i], alone[0], atol=1e-3)
         assert torch.equal(cam(images), cam(images, predicted))
         assert not torch.equal(cam(images), cam(images, (predicted + 1) % 10))
-        model.head.weight.zero_()
+        with torch.no_grad():
+            assert torch.equal(cam(images, targets), maps)
+        with torch.inference_mode():
+            made_here = images + 0
+            assert torch.equal(cam(made_here, targets + 0), maps)
+        model.head.weight.data.zero_()
         assert not cam(images).any()  # nothing speaks for any class
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_left_behind(method):
     model = make_model()
-    hooks = lambda: [1 for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 > 0)
         parameter.grad = torch.full_like(parameter, i)
+
+    def num_hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
     with pytest.raises(ValueError, match="16"), GradCAM(model, method=method) as cam:
-        assert bool(hooks()) == (method not in gradcam.MASK_METHODS)
-        cam(noise(2))
-        cam(torch.zeros(1, 3, 16, 16))  # refused by the network
-    assert not hooks()
+        assert num_hooks() == (0 if method == "masked-gradients" else 1)
+        images = noise(2, 3, 32, 32)
+        cam(images)
+        assert cam.activations is None and not images.requires_grad
+        cam(noise(1, 3, 16, 16))  # refused by the network
+    assert num_hooks() == 0
     for i, parameter in enumerate(model.parameters()):
-        assert parameter.requires_grad == (i % 3 > 0) and (parameter.grad == i).all()
+        assert parameter.requires_grad == (i % 3 > 0)
+        assert (parameter.grad == i).all()
 
 
-@pytest.mark.parametrize("method, power", [*zip(gradcam.MASK_METHODS, (2, 1, 1))])
-def test_masked_gradients_are_what_pixels_add(method, power):
-    images, targets, others = noise(4), torch.tensor([3, 2, 1, 0]), torch.tensor([0, 1, 2, 3])
-    weights = noise(4) / 100  # a straight path is exact for squares too
-    model = lambda images: images.pow(power).flatten(1) @ weights.flatten(1).T
-    maps = explain(model, "image", method, images, targets, others, normalize=False)
-    factors = weights[targets] - (method == "contrast") * weights[others]
-    added = images**power - faithfulness.blur(images, 4) ** power / 2  # the mean replaces half
-    expected = faithfulness.blur((factors * added).sum(1).relu(), 1)  # the Shapley values
-    assert torch.allclose(maps, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("network", ["cnn", "resnet18"])
 @pytest.mark.parametrize("method", METHODS)
-def test_maps_of_other_networks(network, method):
-    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(245, 3))
-    layer, images = "1", torch.rand(2, 1, 9, 9)
-    if network == "resnet18":  # torchvision fails in several ways to import beside a CPU build
-        models = pytest.importorskip("torchvision.models", exc_type=Exception)
-        model, layer, images = models.resnet18().eval(), "layer4", torch.rand(2, 3, 64, 64)
-    assert explain(model, layer, method, images).shape == (2, *images.shape[2:])
+def test_other_networks_and_sizes(method):
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
+    model = nn.Sequential(nn.Conv2d(1, 5, 3, bias=False), nn.ReLU(), nn.MaxPool2d(2), head)
+    for parameter in model.parameters():
+        parameter.data.fill_(0.1)  # bright pixels speak for any class
+    images = torch.zeros(2, 1, 10, 18)
+    images[0, 0, 7, 4] = 1
+    images[1, 0, 3, 13] = 1
+    maps = explain(model, "1", method, images, torch.tensor([0, 2]))
+    assert maps.shape == (2, 10, 18)
+    assert maps[0, 5:, :9].sum() > 0.9 * maps[0].sum()
+    assert maps[1, :5, 9:].sum() > 0.9 * maps[1].sum()
 
 
-def test_methods_share_gradients():
-    model, images = make_model(), noise(3)
-    alone = {method: explain(model, None, method, images, normalize=False) for method in METHODS}
-    model.forward = Mock(wraps=model.forward)
-    maps = explain(model, None, METHODS, images, normalize=False)
-    assert model.forward.call_count == 2 + 2 * 2 * gradcam.NUM_MASKS and list(maps) == [*METHODS]
-    assert all(torch.allclose(maps[k], alone[k], rtol=1e-4, atol=1e-6) for k in METHODS)
-    expected = alone["masked-gradients"] * (0.5 + explain(model, None, "gradcam++", images))
-    assert torch.allclose(maps["combined"], expected, rtol=1e-3)
+def test_layers_without_rows_and_columns():
+    model = make_model()
+    images = noise(1, 3, 32, 32)
+    for name, module in model.named_modules():
+        if name in LAYERS:
+            assert explain(model, name, "gradcam", images).shape == (1, 32, 32)
+        elif not list(module.children()):
+            with pytest.raises(ValueError, match=f"layer '{name}' outputs .*: no rows"):
+                explain(model, name, "gradcam", images)
+    with pytest.raises(ValueError, match="no layer 'stem.gelu3'"):
+        GradCAM(model, "stem.gelu3")
+    with pytest.raises(ValueError, match="no method 'cam'; there are gradcam, hirescam, masked"):
+        GradCAM(model, method="cam")
 
 
-def test_imputed_pixels_are_means_of_their_neighbors():
-    images, generator = noise(2), torch.Generator().manual_seed(0)
-    removed = torch.rand(2, 1, 32, 32, generator=generator) < 0.3
-    removed[0, :, 5:25, 6:26] = True
-    imputed = faithfulness.impute(images, removed)
-    assert torch.equal(imputed.where(~removed, 0), images.where(~removed, 0))
-    kernel = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]).float()
-    sums = lambda x: F.conv2d(x, kernel.expand(3, 1, 3, 3), padding=1, groups=3)
-    error = (sums(imputed) / sums(torch.ones_like(images)) - imputed) * removed
-    assert error.abs().max() < faithfulness.ROAD_TOLERANCE
-    ramp = torch.arange(32) / 8 - torch.arange(32)[:, None] / 9  # its own mean off the border
-    imputed = faithfulness.impute(ramp.where(~removed[:1], 99), removed[:1])
-    assert (imputed - ramp)[..., 5:25, 6:26].abs().max() < faithfulness.ROAD_NOISE
+# --- measures ---
 
 
-def test_randomization_of_known_maps():
-    weights = lambda model: model.stem.proj.weight[:2, :225].detach().view(2, 15, 15)
-    explain = lambda model, images: {"images": images.mean(1), "weights": weights(model)}
-    generator = torch.Generator().manual_seed(0)
-    results = faithfulness.randomization(explain, make_model(), noise(2), generator)
-    for name, expected in (("images", 1), ("weights", 0)):
-        for measure, value in (("mprt", expected), ("smprt", expected), ("emprt", 0)):
-            assert results[name][measure].tolist() == pytest.approx([value] * 2, abs=0.2)
-
-
-def test_baselines_do_not_know_the_network():
-    images = (torch.arange(32) >= 20).float().expand(3, 3, 32, 32)  # an edge, columns 19 and 20
-    maps = faithfulness.baselines(images, torch.Generator().manual_seed(0))
-    assert list(maps) == BASELINES
-    assert all(m.shape == (3, 32, 32) and m.min() >= 0 and m.max() <= 1 for m in maps.values())
-    assert not gradcam.normalize_map(upsampled(torch.full((2, 15, 13), 0.1))).any()  # rounding
-    assert maps["edges"][0].nonzero()[:, 1].unique().tolist() == [19, 20]
-    assert (maps["center"][0] == 1).nonzero().unique().tolist() == [15, 16]
-    assert not torch.equal(*maps["random grid"][:2])
+def test_center_map():
+    (blob,) = gradcam.center_maps(torch.zeros(1, 3, 32, 32))
+    assert (blob == 1).nonzero().unique().tolist() == [15, 16]
+    assert blob.min() == 0 and torch.equal(blob, blob.T)
+    assert not gradcam.normalize_maps(torch.full((2, 5, 7), 0.1)).any()
 
 
 def test_insertion_and_deletion_are_loops_over_images_and_steps():
-    generator, S, steps = torch.Generator().manual_seed(0), 32, faithfulness.STEPS
-    saliency, images = torch.rand(3, S, S, generator=generator), noise(3)
-    weights = torch.randn(3, S, S, generator=generator) / 20
-    score = lambda images: (images * weights).sum((1, 2, 3)).sigmoid()
-    results = faithfulness.evaluate(saliency, images, saliency > 0.7, score, generator)
+    S = 32
+    steps = gradcam.STEPS
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(3, S, S, generator=generator)
+    images = noise(3, 3, S, S)
+    targets = torch.tensor([1, 0, 1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * S * S, 2))
+    model[1].weight.data = noise(2, 3 * S * S) / 50
+    insertion, deletion = gradcam.insertion_and_deletion(maps, images, model, targets, generator)
+
     square = (torch.arange(S)[:, None] - torch.arange(S)) ** 2
-    bell = (-square / (2 * faithfulness.BLUR_STD**2)).softmax(1)
-    blurred, mean = torch.einsum("yv,xu,bcvu->bcyx", bell, bell, images), torch.zeros_like(images)
-    replaced = {"insertion": (blurred, images), "deletion": (images, mean)}
-    replaced |= {"insertion_mean": (mean, images), "deletion_blur": (images, blurred)}
-    for i, (name, (start, end)) in itertools.product(range(3), replaced.items()):
-        order = saliency[i].flatten().argsort(descending=True)
-        image, values = start[i].clone().flatten(1), []
-        for step in range(steps):
-            taken = order[: int((step + 0.5) * S * S / steps)]
-            image[:, taken] = end[i].flatten(1)[:, taken]
-            values.append(score(image.view(1, 3, S, S)).item())
-        assert results[name][i].item() == pytest.approx(sum(values) / steps, abs=1e-5)
-    assert results["pointing"].tolist() == [1, 1, 1]
-    off_center = (saliency[:, 15:17, 15:17] <= 0.7).all((1, 2))
-    assert torch.equal(results["inside_off_center"], results["inside"][off_center])
-    assert {*faithfulness.evaluate(saliency, images, None, score, generator)} == {*replaced, "road"}
+    bell = (-square / (2 * gradcam.BLUR_STD**2)).softmax(1)
+    blurred = torch.einsum("yv,xu,bcvu->bcyx", bell, bell, images)
+    mean = torch.zeros_like(images)
+    for found, start, end in ((insertion, blurred, images), (deletion, images, mean)):
+        for i in range(3):
+            order = maps[i].flatten().argsort(descending=True)
+            image = start[i].clone().flatten(1)
+            probabilities = []
+            for step in range(steps):
+                changed = order[: int((step + 0.5) * S * S / steps)]
+                image[:, changed] = end[i].flatten(1)[:, changed]
+                logits = model(image.view(1, 3, S, S))
+                probabilities.append(logits.softmax(1)[0, targets[i]].item())
+            assert found[i].item() == pytest.approx(sum(probabilities) / steps, abs=1e-4)
 
 
 def test_ties_are_in_random_order():
-    saliency = torch.zeros(400, 8, 8)
-    saliency[:, 7, 7] = 1
-    ranks = faithfulness.pixel_ranks(saliency, torch.Generator().manual_seed(0)).flatten(1)
-    assert ranks.sort(1).values.equal(torch.arange(64).expand(400, 64)) and not ranks[:, 63].any()
-    half = (ranks[:, :63] < 32).float().mean(0)
-    assert half.min() > 0.35 and half.max() < 0.65
+    maps = torch.zeros(400, 4, 16)
+    maps[:, 3, 15] = 1
+    ranks = gradcam.pixel_ranks(maps, torch.Generator().manual_seed(0)).flatten(1)
+    assert torch.equal(ranks.sort(1).values, torch.arange(64).expand(400, 64))
+    assert not ranks[:, 63].any()
+    share_in_first_half = (ranks[:, :63] < 32).float().mean(0)
+    assert share_in_first_half.min() > 0.35 and share_in_first_half.max() < 0.65
 
 
 def test_pointing_games():
     masks = torch.zeros(4, 4, 4, dtype=torch.bool)
     masks[:, :2, :2] = True  # a quarter of the image
-    saliency = torch.zeros(4, 4, 4)
-    saliency[0, 1, 1], saliency[0, 3, 3] = 1.0, 0.5
-    saliency[1, 3, 3], saliency[1, 0, 0] = 1.0, 0.25
-    saliency[2, 0, 0] = saliency[2, 3, 0] = 1.0  # two maxima; the last map is zero
-    pointing, inside = faithfulness.pointing_games(saliency, masks)
+    maps = torch.zeros(4, 4, 4)
+    maps[0, 1, 1] = 1.0
+    maps[0, 3, 3] = 0.5
+    maps[1, 3, 3] = 1.0
+    maps[1, 0, 0] = 0.25
+    maps[2, 0, 0] = 1.0  # two maxima; the last map is zero
+    maps[2, 3, 0] = 1.0
+    pointing, inside = gradcam.pointing_games(maps, masks)
     assert pointing.tolist() == [1, 0, 0.5, 0.25]
     assert inside.tolist() == pytest.approx([2 / 3, 0.2, 0.5, 0.25])
 
 
-def test_summary_is_mean_and_standard_error():
-    batches = [{"a": {"insertion": torch.tensor(values)}} for values in ([1.0, 2.0, 3.0], [4.0])]
-    rows = faithfulness.summarize(batches, n=4)
-    assert rows == [{"n": 4, "map": "a", "insertion": 2.5, "insertion_se": pytest.approx(0.645497)}]
-    assert faithfulness.table(rows).splitlines()[2] == "| a | 2.500 +- 0.645 |"
+# --- the script ---
 
 
 @pytest.fixture
@@ -227,89 +248,152 @@ def ckpt(small, small_shapes, tmp_path):
 
 @pytest.fixture
 def draw(ckpt, succeeds, monkeypatch):
-    """draw(flags) runs the script: (arguments of plots.heat_maps, stdout)."""
-    monkeypatch.setattr(plots, "heat_maps", Mock(wraps=plots.heat_maps))
+    """draw(flags) runs the script without drawing: (arguments of plots.heat_maps, stdout)."""
+    calls = []
 
-    def run(flags):
-        out = succeeds(gradcam, ["--ckpt", ckpt, "--n", 3, *flags.split()])
-        return plots.heat_maps.call_args.args, out
+    def heat_maps(*args):
+        calls.append(args)
+        return Figure(figsize=(1, 1))
+
+    monkeypatch.setattr(plots, "heat_maps", heat_maps)
+
+    def run(*flags):
+        out = succeeds(gradcam, ["--ckpt", ckpt, *flags])
+        return calls[-1], out
 
     return run
 
 
-@pytest.mark.parametrize("flags", ["--n 9", "--correct", "--class star", "--target ring"])
-def test_maps_are_of_the_classes_named(flags, ckpt, small, draw):
-    flags += " --method finercam"
-    (images, titles, maps, captions, names, _), out = draw(f"{flags} --precision bf16")
-    model, normalize = make_model(), Normalize(small.mean, small.std, "cpu")
-    logits = model(normalize(images)).detach()
-    for i, title in enumerate(titles):
-        index = (small.test_images == images[i]).flatten(1).all(1).nonzero().item()
-        predicted, second = logits[i].topk(2).indices.tolist()
-        actual, target = small.test_labels[index].item(), SHAPE_NAMES.index("ring")
-        choices = {"predicted": predicted, "second": second, "actual": actual, "target": target}
-        assert title == SHAPE_NAMES[actual] and (predicted == actual) == ("--correct" in flags)
-        raw, classes = [], torch.tensor([[choices[name]] for name in names])
-        others = classes.flip(0) if len(names) == 2 else [None]  # each is contrasted with the other
-        for caption, k, other in zip(captions[i], classes, others, strict=True):
-            assert caption == f"{100 * logits[i].softmax(0)[k].item():.0f} % {SHAPE_NAMES[k]}"
-            image = normalize(images[[i]])
-            raw += explain(model, LAYER, "finercam", image, k, other, normalize=False)
-        assert torch.allclose(maps[i], torch.stack(raw) / torch.stack(raw).max(), atol=1e-4)
-    assert len(titles) in (3, 9) and len(names) == (1 if "--target" in flags else 2)
-    # Classes take turns; fresh weights predict one class only.
-    expected = {"--class": {"star"}, "--correct": {"triangle"}}.get(flags.split()[0])
-    assert set(titles) == expected if expected else len(set(titles)) == len(titles)
-    if "--correct" in flags:
-        assert draw(f"{flags} --seed 1")[1] == out != draw(f"{flags} --seed 2")[1]
+@pytest.mark.parametrize("flags, title", [
+    (["--n", 5], "misclassified test images of shapes"),
+    (["--n", 2, "--correct"], "correctly classified test images of shapes"),
+    (["--n", 2, "--class", "star", "--method", "hirescam", "--layer", "stem.gelu1"],
+     "misclassified test images of shapes, star"),
+])  # fmt: skip
+def test_pictures_of_test_images(flags, title, ckpt, small, draw):
+    (images, names, maps, captions, found_title), out = draw(*flags)
+    assert found_title == title and out.endswith(f"saved {ckpt.parent / 'gradcam.png'}\n")
     assert sorted(path.name for path in ckpt.parent.iterdir()) == ["best.pt", "gradcam.png"]
+    model = make_model()
+    normalize = Normalize(small.mean, small.std, "cpu")
+    logits = model(normalize(small.test_images)).detach()
+    methods = {"Grad-CAM": "gradcam", "masked gradients": "masked-gradients"}
+    layer = "stem.gelu2"
+    if "--method" in flags:
+        methods = {"HiResCAM at stem.gelu1": "hirescam"}
+        layer = "stem.gelu1"
+    assert list(maps) == list(methods)
+    indices = [int(name.removeprefix("test image ")) for name in names]
+    roles = ["predicted", "second" if "--correct" in flags else "actual"]
+    targets = logits[indices].topk(2).indices
+    actual = small.test_labels[indices]
+    assert ((targets[:, 0] == actual) == ("--correct" in flags)).all()
+    if "--correct" not in flags:
+        targets[:, 1] = actual
+
+    # Each image has a line with both classes and their probabilities.
+    for name, index, classes, found in zip(names, indices, targets.tolist(), captions):
+        percents = 100 * logits[index].softmax(0)
+        pair = [f"{percents[k]:.0f} % {SHAPE_NAMES[k]}" for k in classes]
+        assert found == [f"{role}\n{label}" for role, label in zip(roles, pair)]
+        assert f"{name}: {roles[0]} {pair[0]}, {roles[1]} {pair[1]}\n" in out
+
+    # Images and maps are eight times as large; the two maps of an image have one scale.
+    shown = F.avg_pool2d(images.float(), 8)
+    assert (shown - small.test_images[indices].float()).abs().mean() < 10
+    inputs = normalize(small.test_images[indices])
+    for head, method in methods.items():
+        pair = [explain(model, layer, method, inputs, classes, False) for classes in targets.T]
+        pair = torch.stack(pair, dim=1)
+        pair = gradcam.enlarge(pair / pair.amax((1, 2, 3), keepdim=True), 1)
+        assert torch.allclose(maps[head], pair, atol=1e-3)
+
+    # Classes take turns.
+    if "--class" in flags:
+        assert {SHAPE_NAMES[k] for k in actual} == {"star"}
+    elif "--correct" not in flags:  # fresh weights predict few classes right
+        assert len(set(actual.tolist())) == len(names) == 5
+
+
+def test_seed_chooses_other_images(draw):
+    def names(*flags):
+        return draw("--n", 2, "--method", "gradcam", *flags)[0][1]
+
+    assert names("--seed", 1) == names()
+    assert names("--seed", 2) != names()
+    out = draw("--n", 100, "--class", "star", "--method", "gradcam")[1]
+    assert "there are only " in out and " misclassified test images of shapes, star\n" in out
 
 
 def test_image_files(tmp_path, draw):
-    paths = [tmp_path / "wide\x1b.png", tmp_path / "small.jpg"]
-    for path, size in zip(paths, [(300, 200), (8, 8)]):
+    paths = [tmp_path / "a" / "cat.png", tmp_path / "b\x1b" / "cat.png", tmp_path / "wide.jpg"]
+    for path, size in zip(paths, [(300, 200), (8, 8), (40, 30)]):
+        path.parent.mkdir(exist_ok=True)
         Image.new("RGB", size, (200, 30, 90)).save(path)
-    args, out = draw(f"--image {paths[0]} {paths[1]} --save-maps {tmp_path}/maps.npy")
-    _, names, maps, (caption, _), *_ = args
-    assert maps.shape == (2, 3, 32, 32) and names == ["wide\\x1b.png", "small.jpg"]
-    assert f"wide\\x1b.png: 1st {caption[0]}, 2nd {caption[1]}, 3rd {caption[2]}\n" in out
-    raw = torch.from_numpy(np.load(tmp_path / "maps.npy"))
-    scaled = raw / raw.amax((1, 2, 3), keepdim=True)
-    assert torch.equal(scaled, maps) and not torch.equal(raw, maps)
+    (images, names, maps, captions, _), out = draw("--image", *paths)
+    assert names == ["a/cat.png", "b\\x1b/cat.png", "wide.jpg"]
+    assert images.shape == (3, 3, 256, 256)
+    assert [values.shape for values in maps.values()] == [(3, 2, 256, 256)] * 2
+    predicted, second = captions[1]
+    line = f"b\\x1b/cat.png: {predicted}, {second}".replace("\n", " ")
+    assert predicted.startswith("predicted\n") and second.startswith("second\n") and line in out
+    assert draw("--image", paths[0], paths[2])[0][1] == ["cat.png", "wide.jpg"]
 
 
-def test_metrics(ckpt, tmp_path, succeeds, monkeypatch):
-    monkeypatch.setattr(faithfulness, "STEPS", 4)
+def test_picture(ckpt, succeeds):
+    succeeds(gradcam, ["--ckpt", ckpt, "--n", 2])
+    with Image.open(ckpt.parent / "gradcam.png") as picture:
+        assert picture.width > 800 and picture.height > 500
+
+
+def test_maps_are_transparent_where_they_are_0():
+    maps = torch.zeros(1, 2, 32, 32)
+    maps[0, 0, 4, 7] = 1
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    figure = plots.heat_maps(images, ["name"], {"method": maps}, [["one", "two"]], "title")
+    layers = [ax.images[1] for ax in figure.axes if len(ax.images) == 2]
+    assert len(layers) == 2
+    for layer, values in zip(layers, maps[0]):
+        opacity = layer.to_rgba(layer.get_array())[:, :, 3]
+        assert ((opacity > 0.5) == (values > 0).numpy()).all() and opacity.min() == 0
+
+
+def test_metrics(ckpt, small, tmp_path, succeeds, monkeypatch):
+    monkeypatch.setattr(gradcam, "STEPS", 4)
     monkeypatch.setattr(gradcam, "BATCH_SIZE", 5)
     args = ["--ckpt", ckpt, "--metrics", 8, "--out", tmp_path, "--seed", 3]
     out = succeeds(gradcam, args)
+    assert "| map | insertion | deletion | pointing | inside |\n" in out
     assert "| hirescam | 0." in out and out.isascii()
     rows = read_csv(tmp_path / "gradcam_metrics.csv")
-    assert [row["map"] for row in rows] == [*BASELINES, *METHODS] and rows[0]["n"] == "8"
-    assert succeeds(gradcam, args) == out
-    assert rows[-1]["mprt"] and not rows[0]["mprt"]  # baselines do not know the weights
+    assert [row["map"] for row in rows] == ["center", *METHODS]
+    assert rows[0]["dataset"] == "shapes" and rows[0]["n"] == "8"
+    for row in rows:
+        for measure in ("insertion", "deletion", "pointing", "inside"):
+            mean = float(row[measure])
+            error = float(row[f"{measure}_se"])
+            assert 0 <= mean <= 1 and 0 <= error < 0.4
+            assert f" {mean:.3f} +- {error:.3f} |" in out
+    succeeds(gradcam, args)
+    assert read_csv(tmp_path / "gradcam_metrics.csv") == rows
 
-
-def test_list_layers(ckpt, succeeds):
-    lines = succeeds(gradcam, ["--ckpt", ckpt, "--list-layers"]).splitlines()
-    layers = [line.split()[0] for line in lines if line.endswith("has a grid")]
-    assert layers == ["image", "stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2"]
-    assert "blocks.0.attention.qkv       (33, 192)      no grid" in lines
-    assert is_spatial((1, 2, 2)) and not is_spatial((64, 33, 1)) and not is_spatial((33, 64))
-    for layer in (line.split()[0] for line in lines if line.endswith("no grid")):
-        with pytest.raises(ValueError, match=f"layer '{layer}' outputs .* no grid"):
-            explain(make_model(), layer, "gradcam", noise(1))
+    # The pointing games of one map, of the images that the seed chooses.
+    indices = torch.randperm(100, generator=torch.Generator().manual_seed(3))[:8]
+    inputs = Normalize(small.mean, small.std, "cpu")(small.test_images[indices])
+    maps = explain(make_model(), "stem.gelu2", "hirescam", inputs)
+    pointing, inside = gradcam.pointing_games(maps, small.test_masks[indices])
+    row = rows[1 + list(METHODS).index("hirescam")]
+    assert float(row["pointing"]) == pytest.approx(pointing.mean().item(), abs=1e-3)
+    assert float(row["inside"]) == pytest.approx(inside.mean().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("args, message", [
-    ("--layer blocks.0", "layers with a grid are image, stem.conv1, stem.gelu1, stem"),
-    ("--layer stem.gelu1 --method contrast", "--layer: contrast is computed at the image"),
-    ("--n 101", "--n 101: shapes has "),
+    ("--layer blocks.0", "invalid choice: 'blocks.0'"),
+    ("--layer stem.gelu1 --method masked-gradients", "--layer: masked-gradients are computed at"),
     ("--metrics 101", "--metrics 101: it takes 2 to 100 test images of shapes"),
-    ("--metrics --save-maps x.npy", "--metrics shows no images"),
-    ("--image x.png --correct", "--image no test images"),
+    ("--metrics --method gradcam", "--metrics shows no images"),
+    ("--image x.png --correct", "--image shows no test images"),
     ("--class cat", "--class cat: the classes are checkered, crescent"),
-    ("--target cat", "--target cat: the classes are checkered, crescent"),
     ("--out made/best.pt", "--out"),
 ])  # fmt: skip
 def test_wrong_usage(args, message, ckpt, tmp_path, monkeypatch, fails):

@@ -7,6 +7,8 @@ import dataclasses
 import math
 import os
 import random
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -18,26 +20,25 @@ from conftest import PROCESSES, RUN_FILES, only_run, tampered, write_images
 import data
 import evaluate
 import train
+from checkpoint import load_checkpoint
 from cli import read_csv, run_script, sha256
 from runtime import Runtime
-from schedule import RECIPES
-from trainer import Run, Trainer, load_checkpoint
+from train import Trainer
 
 KILLS = int(os.environ.get("KILLS", 3))
-ARGS = ["--data", "shapes", "--epochs", 2, "--batch-size", 8, "--save-every", 2]
+ARGS = ["--data", "shapes", "--epochs", 2, "--batch-size", 8]
 
 
 def result_of(run_dir):
-    """Everything that a finished run leaves, but for its seconds."""
+    """A digest of everything that a finished run leaves, but for its seconds."""
     rows = [{**row, "seconds": ""} for row in read_csv(run_dir / "history.csv")]
-    found = {"rows": rows, "curves": (run_dir / "curves.png").read_bytes().hex()}
+    found = [rows, (run_dir / "curves.png").read_bytes().hex()]
     for name in ("best.pt", "last.pt"):
         _, ckpt = load_checkpoint(run_dir / name, "cpu")
-        found[name] = [ckpt[key] for key in ("model", "epoch", "test_accuracy", "mean", "std")]
-    found["trainer"] = ckpt["train_state"]["trainer"]
+        found += [ckpt[key] for key in ("model", "epoch", "test_accuracy", "mean", "std")]
+    found += [ckpt["train_state"][key] for key in ("weights", "exp_avg", "exp_avg_sq")]
     assert sorted(os.listdir(run_dir)) == RUN_FILES
-    newest = load_checkpoint(run_dir.parent.parent / "best.pt", "cpu")[1]["model"]
-    assert sha256(newest) == sha256(found["best.pt"][0])
+    assert (run_dir.parent.parent / "best.pt").read_bytes() == (run_dir / "best.pt").read_bytes()
     return sha256(found)
 
 
@@ -48,63 +49,76 @@ class Killed(BaseException):
 def test_a_run_killed_at_any_step_evaluation_or_write_resumes_to_the_same_bits(
     tiny_shapes, tmp_path, monkeypatch, invoke, succeeds, fails
 ):
-    points, kill_at = 0, math.inf
+    """Killed at the first call, then at the second, and so on, of everything that may be last."""
+    calls = 0
+    kill_at = math.inf
 
     def breakable(function):
         def wrapper(*args, **kwargs):
-            nonlocal points
-            points += 1
-            if points == kill_at:
+            nonlocal calls
+            calls += 1
+            if calls == kill_at:
                 raise Killed
             return function(*args, **kwargs)
 
         return wrapper
 
-    for module, name in ((os, "replace"), (Runtime, "predict"), (Trainer, "step")):
-        monkeypatch.setattr(module, name, breakable(getattr(module, name)))
+    monkeypatch.setattr(os, "replace", breakable(os.replace))
+    monkeypatch.setattr(Runtime, "predict", breakable(Runtime.predict))
+    monkeypatch.setattr(Trainer, "step", breakable(Trainer.step))
     succeeds(train, [*ARGS, "--out", tmp_path / "unbroken"])
-    expected, count = result_of(only_run(tmp_path / "unbroken")), points
-    assert count >= 2 * 3 + 2 + 10  # steps, evaluations, files
-    for kill_at in range(1, count + 1):
-        points, out = 0, tmp_path / str(kill_at)
+    expected = result_of(only_run(tmp_path / "unbroken"))
+    count = calls
+    assert count >= 2 * 3 + 2 + 6  # steps, evaluations, files
+    for number in range(1, count + 1):
+        calls = 0
+        kill_at = number
+        out = tmp_path / str(number)
         with pytest.raises(Killed):
             invoke(train, [*ARGS, "--out", out])
-        run_dir, points = only_run(out), -10_000
-        if kill_at <= 2:  # before the first last.pt
-            assert "no last.pt there" in fails(train, ["--resume", run_dir])
-        else:
+        kill_at = math.inf
+        run_dir = only_run(out)
+        if (run_dir / "last.pt").exists():
             succeeds(train, ["--resume", run_dir])
-            assert result_of(run_dir) == expected, kill_at
+            assert result_of(run_dir) == expected, number
+        else:  # within the first epoch
+            assert number < count / 2 + 2
+            assert "no last.pt there" in fails(train, ["--resume", run_dir])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step_and_says_how_to_resume(
-    tiny_shapes, tmp_path, monkeypatch, invoke, succeeds, signum
-):
+def test_ctrl_c_says_how_to_resume(tiny_shapes, tmp_path, monkeypatch, invoke, succeeds):
+    """The command can be pasted, whatever the folder is called."""
     succeeds(train, [*ARGS, "--out", tmp_path / "unbroken"])
     step = Trainer.step
 
     def interrupted_step(trainer, i):
         if (trainer.epoch, i) == (1, 1):
-            signal.raise_signal(signum)
+            raise KeyboardInterrupt
         step(trainer, i)
 
     monkeypatch.setattr(Trainer, "step", interrupted_step)
-    status, _, err = invoke(train, [*ARGS, "--save-every", 9, "--out", tmp_path / "broken"])
+    status, _, err = invoke(train, [*ARGS, "--out", tmp_path / "with space"])
     monkeypatch.setattr(Trainer, "step", step)
-    run_dir = only_run(tmp_path / "broken")
-    message = f"stopped by {signal.Signals(signum).name}; step 5 of 6 is saved, resume with"
-    assert err == f"train.py: {message}: python train.py --resume {run_dir}\n"
-    assert status == 128 + signum
-    assert "resumed at step 5 of 6" in succeeds(train, ["--resume", run_dir])
+    run_dir = only_run(tmp_path / "with space")
+    assert status == 130
+    message, command = err.strip().split(": resume with: ".replace(": r", "; r"))
+    assert message == "train.py: stopped"
+    assert shlex.split(command) == ["python", "train.py", "--resume", str(run_dir)]
+    assert "resumed after epoch 1" in succeeds(train, shlex.split(command)[2:])
     assert result_of(run_dir) == result_of(only_run(tmp_path / "unbroken"))
 
 
 def train_process(args, seconds):
     """train.py, which SIGKILL ends so many seconds after its training begins."""
-    fit, kill = Run.fit, threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-    kill.daemon = True
-    Run.fit = lambda run: kill.start() or fit(run)
+    train_run = train.train
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+
+    def timed(run):
+        timer.start()
+        train_run(run)
+
+    train.train = timed
     sys.argv = ["train.py", *map(str, args)]
     run_script(train.main)
 
@@ -112,25 +126,35 @@ def train_process(args, seconds):
 def test_random_sigkills_change_no_bit(tmp_path, succeeds):
     images = write_images(tmp_path / "images", 100, 20)
     args = ["--data", images, "--data-dir", tmp_path / "data", "--recipe", "original"]
-    args += ["--epochs", 8, "--batch-size", 20, "--save-every", 2]
+    args += ["--epochs", 8, "--batch-size", 20]
     succeeds(train, [*args, "--out", tmp_path])
+    expected = result_of(only_run(tmp_path))
     history = read_csv(only_run(tmp_path) / "history.csv")
     duration = sum(float(row["seconds"]) for row in history)
-    chance, kills, out = random.Random(7), 0, None
-    while kills < KILLS or out:
-        command = ["--resume", only_run(out)] if out else [*args, "--out", tmp_path / str(kills)]
-        out = out or tmp_path / str(kills)
+    chance = random.Random(7)
+    kills = 0
+    out = None
+    while kills < KILLS or out is not None:
+        # Go on with the run that was killed, or begin another.
+        if out is None:
+            out = tmp_path / str(kills)
+            command = [*args, "--out", out]
+        else:
+            command = ["--resume", only_run(out)]
         seconds = chance.uniform(0, duration / 2) if kills < KILLS else 3600
         process = PROCESSES.Process(target=train_process, args=(command, seconds))
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         if process.exitcode == 0:
-            assert result_of(only_run(out)) == result_of(only_run(tmp_path))
+            for left in only_run(out).glob(".*.tmp"):  # of a process killed while it wrote
+                left.unlink()
+            assert result_of(only_run(out)) == expected
             out = None
         else:
             kills += 1
-            out = out if (only_run(out) / "last.pt").exists() else None
+            if not (only_run(out) / "last.pt").exists():
+                out = None
 
 
 # --- what resume refuses ---
@@ -143,45 +167,70 @@ def finished(tiny_shapes, tmp_path, succeeds):
     return only_run(tmp_path)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(finished, succeeds):
+def test_a_finished_run_says_so_and_changes_nothing(finished, succeeds, monkeypatch):
     before = {path: path.read_bytes() for path in finished.iterdir()}
-    for path in (finished, finished / "last.pt"):
+    monkeypatch.chdir(finished)
+    for path in (finished, finished / "last.pt", "."):
         out = succeeds(train, ["--resume", path])
-        assert f"{finished} is finished: nothing is left to do" in out and "last epoch: " in out
+        assert "the run is finished: nothing is left to do" in out
+        assert "last epoch: " in out
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_other_settings_are_refused_by_name(finished, tmp_path, succeeds, fails):
-    others = {  # flag -> another value, and that of the run
-        "--recipe": ("original", "default"), "--epochs": (3, 2), "--batch-size": (9, 8),
-        "--max-lr": (0.5, RECIPES["default"].max_lr), "--data": ("cifar10", "shapes"),
-        "--precision": ("bf16", "fp32"), "--kernels": ("torch", "auto"), "--seed": (2, 1),
-        "--runs": (2, 1), "--max-steps": (5, None), "--device": ("mps", "cpu"),
-        "--out": ("/elsewhere", tmp_path), "--val-split": (5, None),
-    }  # fmt: skip
-    for flag, (other, began) in others.items():
-        err = fails(train, ["--resume", finished, flag, other])
-        assert f"error: {flag} {other}: the run in {finished} has {began} and continues" in err
-        if began is not None:
-            succeeds(train, ["--resume", finished, flag, began])
+def test_settings_cannot_be_changed(finished, fails):
+    for flag in ("--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--val-split"):
+        value = "default" if flag == "--recipe" else 1
+        err = fails(train, ["--resume", finished, flag, value])
+        assert f"error: {flag}: a resumed run continues with the settings" in err
+
+
+def test_a_run_resumes_from_a_moved_folder_of_images(tmp_path, monkeypatch, succeeds, fails):
+    """--data names where the images are now; other images are refused."""
+    images = write_images(tmp_path / "images", 20, 10)
+    args = ["--data-dir", tmp_path / "data", "--epochs", 1, "--batch-size", 10]
+    succeeds(train, ["--data", images, *args, "--out", tmp_path])
+    moved = images.rename(tmp_path / "moved")
+    run_dir = only_run(tmp_path)
+    assert "not a folder that exists" in fails(train, ["--resume", run_dir])
+    assert "is finished" in succeeds(train, ["--resume", run_dir, "--data", moved])
+    (moved / "train" / "cat" / "0.png").write_bytes((moved / "test/dog/0.png").read_bytes())
+    err = fails(train, ["--resume", run_dir, "--data", moved])
+    assert "was trained on other images, labels or classes" in err
 
 
 def test_other_images_are_refused(finished, monkeypatch, invoke, fails):
     tiny = data.load_shapes()
-    images, labels = tiny.train_images, tiny.train_labels
+    images = tiny.train_images
+    labels = tiny.train_labels
+    names = tiny.class_names
     for changes in (
         {"train_images": images[[1, 0, *range(2, 20)]]},  # swapped between two classes
         {"train_images": images.flip(0), "train_labels": labels.flip(0)},
         {"test_images": tiny.test_images[1:], "test_labels": tiny.test_labels[1:]},
+        {"class_names": ("renamed", *names[1:])},
     ):
         other = dataclasses.replace(tiny, **changes)
         monkeypatch.setattr(data, "load_shapes", lambda other=other: other)
-        assert "was trained on other images than" in fails(train, ["--resume", finished])
-        status, _, err = invoke(evaluate, ["--ckpt", finished / "best.pt"])
-        assert (status, err) == (0, "warning: these are not the images of the training run\n")
-    two = dataclasses.replace(tiny, class_names=("even", "odd"))
-    monkeypatch.setattr(data, "load_shapes", lambda: two)
-    assert "the checkpoint has 10 classes" in fails(evaluate, ["--ckpt", finished / "best.pt"])
+        assert "was trained on other images" in fails(train, ["--resume", finished])
+        if "class_names" not in changes:
+            status, _, err = invoke(evaluate, ["--ckpt", finished / "best.pt"])
+            assert (status, err) == (0, "warning: these are not the images of the training run\n")
+
+
+def test_a_run_moved_elsewhere_changes_nothing_around_it(finished, tmp_path, succeeds):
+    """Only a folder within a folder named runs has a best.pt beside."""
+    state = torch.load(finished / "last.pt", weights_only=True)
+    state["epoch"] = 1
+    state = tampered(state, "train_state", "history", value=state["train_state"]["history"][:1])
+    place = tmp_path / "a" / "b" / "copy"
+    place.mkdir(parents=True)
+    (tmp_path / "a" / "best.pt").write_text("another file")
+    (place / ".app-settings.json").write_text("another file")
+    torch.save(state, place / "last.pt")
+    succeeds(train, ["--resume", place])
+    assert (tmp_path / "a" / "best.pt").read_text() == "another file"
+    assert (place / ".app-settings.json").read_text() == "another file"
+    shutil.rmtree(place)
 
 
 def test_files_without_a_run_are_refused(finished, tmp_path, fails):
@@ -190,15 +239,41 @@ def test_files_without_a_run_are_refused(finished, tmp_path, fails):
     assert "is not a checkpoint" in fails(train, ["--resume", finished / "history.csv"])
 
 
-def test_an_invalid_configuration_or_state_is_one_line(finished, invoke):
+INVALID_STATES = [  # path and value, None deletes it; a part of the line
+    (("config", "settings", "batch_size"), 0, "batch_size must be int from 1"),
+    (("config", "settings", "batch_size"), None, "its settings are not those"),
+    (("config", "settings", "no_such"), 1, "its settings are not those"),
+    (("config", "seed"), "x", "no valid seed"),
+    (("config", "val_split"), "x", "no valid val_split"),
+    (("config", "data_sha256"), "0" * 64, "other images"),
+    (("train_state", "weights"), None, "weights: "),
+    (("train_state", "weights", "cls_token"), torch.zeros(2), "weights: cls_token"),
+    (("train_state", "exp_avg", "cls_token"), torch.zeros(1), "exp_avg: cls_token"),
+    (("train_state", "exp_avg_sq", "head.bias"), torch.zeros(10).double(), "head.bias"),
+    (("train_state", "exp_avg_sq", "cls_token"), None, "the names of its tensors"),
+    (("train_state", "history"), [], "its history does not have a row for each epoch"),
+    (("epoch",), 1, "its history does not have a row for each epoch"),
+]
+
+
+def test_a_state_that_does_not_fit_is_one_line(finished, invoke):
     ckpt = torch.load(finished / "last.pt", weights_only=True)
-    state = ckpt["train_state"]
-    paths = [("config", name) for name in ckpt["config"] if name not in ("elastic_run_id", "set")]
-    paths += [("train_state", name) for name in state]
-    paths += [("train_state", "trainer", name) for name in state["trainer"]]
-    for path in paths:
-        for value in (None, [1], "x" * (path[-1] != "kernels")):
-            torch.save(tampered(ckpt, *path, value=value), finished / "last.pt")
-            status, _, err = invoke(train, ["--resume", finished])
-            lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
-            assert status in ((2,) if value is None else (0, 2)) and len(lines) <= 1, (path, value)
+    for path, value, message in INVALID_STATES:
+        torch.save(tampered(ckpt, *path, value=value), finished / "last.pt")
+        status, _, err = invoke(train, ["--resume", finished])
+        assert (status, err.count("\n")) == (2, 1), (path, err)
+        assert message in err, (path, err)
+
+
+def test_a_link_to_runs_is_where_best_pt_lies_beside(tiny_shapes, tmp_path, succeeds):
+    """And a link to a last.pt is followed to its run."""
+    (tmp_path / "store" / "elsewhere").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs").symlink_to("../store/elsewhere")
+    succeeds(train, [*ARGS, "--out", tmp_path / "out"])
+    run_dir = only_run(tmp_path / "out")
+    assert (tmp_path / "out" / "best.pt").read_bytes() == (run_dir / "best.pt").read_bytes()
+    assert os.listdir(tmp_path / "store") == ["elsewhere"]
+    (tmp_path / "last.pt").symlink_to(run_dir / "last.pt")
+    succeeds(train, ["--resume", tmp_path / "last.pt"])
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "out", "store"]
