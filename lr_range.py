@@ -358,7 +358,7 @@ class Search:
 
         edge = find_edge(self.history)
         if edge is None:
-            print("nothing to recommend: the loss does not fall, or no more than its noise")
+            print("nothing to recommend: the loss falls by no more than its noise may explain")
         else:
             print(f"  edge: lr {edge:.4g}, where the smoothed loss is least")
             self.marks["edge"] = edge
