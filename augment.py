@@ -26,7 +26,7 @@ class EpochPlan(NamedTuple):
     scale: torch.Tensor | None = None  # (N,) float32
     angle: torch.Tensor | None = None  # (N,) float32, radians
     cutout: torch.Tensor | None = None  # (N,) bool
-    cutout_xy: torch.Tensor | None = None  # (N, 2) int64, top left row and column
+    cutout_corner: torch.Tensor | None = None  # (N, 2) int64, top left row and column
 
     def at(self, rows):
         """Return the plan's rows of a slice or of indices."""
@@ -63,7 +63,7 @@ def epoch_plan(recipe, num_images, image_size, seed, epoch, device):
         plan["angle"] = uniform(-radians, radians)
     if recipe.cutout_p:
         plan["cutout"] = uniform(0, 1) < recipe.cutout_p
-        plan["cutout_xy"] = pairs(0, image_size - recipe.cutout_size)
+        plan["cutout_corner"] = pairs(0, image_size - recipe.cutout_size)
     return EpochPlan(**plan)
 
 
@@ -84,7 +84,7 @@ def augment(images, rows, recipe, normalize):
         images[mask] = moved
     images = normalize(images)
     if rows.cutout is not None:
-        images = cutout(images, rows.cutout_xy, recipe.cutout_size, rows.cutout)
+        images = cutout(images, rows.cutout_corner, recipe.cutout_size, rows.cutout)
     return images
 
 

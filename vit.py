@@ -21,10 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Conv1x1(nn.Linear):
-    """A 1x1 convolution over the token axis, (B, T, in) -> (B, T, out)."""
+    """A 1x1 convolution over the token axis, (B, T, in) -> (B, T, out).
+
+    On tokens it is a linear layer; the name is that of the run to reproduce.
+    """
 
     def forward(self, x, rows=None):
-        """`rows`, a slice, selects output channels of a layer without bias."""
+        """Apply the layer, or only the output channels `rows`, a slice, of one without bias."""
         if rows is None:
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight[rows])
@@ -72,7 +75,7 @@ class Attention(nn.Module):
         self.out = Conv1x1(heads * dim_head, dim, bias=False)
 
     def split_heads(self, x):
-        """(B, T, n H D) -> n tensors (B H, T, D), each contiguous as bmm wants it."""
+        """Return the n tensors (B H, T, D) in x (B, T, n H D), each contiguous as bmm wants it."""
         B, T, width = x.shape
         H = self.heads
         D = self.dim_head
@@ -168,7 +171,7 @@ class ViT(nn.Module):
         self.head = Conv1x1(dim, num_classes)
 
     def forward(self, images):
-        """Raises ValueError for images of another shape."""
+        """Return logits (B, num_classes); raises ValueError for images of another shape."""
         c = self.config["in_channels"]
         S = self.config["image_size"]
         if images.dim() != 4 or images.shape[1:] != (c, S, S):

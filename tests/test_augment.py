@@ -62,7 +62,7 @@ def test_original_augmentation_has_its_probabilities_and_ranges():
         assert low <= values.min() < low + margin
         assert high - margin < values.max() <= high
         assert values.mean().item() == pytest.approx((low + high) / 2, abs=margin)
-    for name, low, high in (("offsets", -4, 4), ("cutout_xy", 0, 24)):
+    for name, low, high in (("offsets", -4, 4), ("cutout_corner", 0, 24)):
         counts = (getattr(plan, name) - low).flatten().bincount()
         expected = 2 * N / (high - low + 1)
         assert len(counts) == high - low + 1
@@ -171,7 +171,7 @@ def test_augment_applies_every_part_in_order(images):
     plan = epoch_plan(recipe, 6, 32, 0, 0, "cpu")
     expected = flip(crop(images, plan.offsets, "wrap"), plan.flip)
     expected = NORMALIZE(affine(expected, plan.translate, plan.scale, plan.angle))
-    expected = cutout(expected, plan.cutout_xy, 8, plan.cutout)
+    expected = cutout(expected, plan.cutout_corner, 8, plan.cutout)
     assert torch.equal(augment(images, plan, recipe, NORMALIZE), expected)
     assert (expected == 0).flatten(1).any(1).all()
 
