@@ -44,10 +44,16 @@ def make_trainers(monkeypatch):
     monkeypatch.setattr(step, "AUGMENT_BATCH", 2)  # images of an epoch are augmented in parts
 
     def make(recipe, dtype=torch.float32):
-        recipe = dataclasses.replace(RECIPES[recipe], batch_size=2, epochs=4, l1=1e-4)
-        recipe = dataclasses.replace(recipe, crop_padding=2, cutout_size=2)
-        if recipe.weight_avg_frac:
-            recipe = dataclasses.replace(recipe, weight_avg_frac=0.9)
+        recipe = dataclasses.replace(
+            RECIPES[recipe],
+            batch_size=2,
+            epochs=4,
+            l1=1e-4,
+            crop_padding=2,
+            cutout_size=2,
+            weight_decay=10 * RECIPES[recipe].weight_decay,  # or it would be lost beside Muon
+            weight_avg_frac=0.9 if RECIPES[recipe].weight_avg_frac else 0.0,
+        )
         dataset = noise_dataset(3, SIDE)
 
         def make_trainer(kernels):
@@ -94,7 +100,7 @@ def gradients_of_each_image(trainer, i):
         pytest.param("original", *FP32.values, 3, id="original fp32"),
         pytest.param("original", *BF16.values, 1, id="original bf16", marks=BF16.marks),
         pytest.param("default", *BF16.values, 1, id="default bf16", marks=BF16.marks),
-        pytest.param("long", *FP32.values, 2, id="long fp32"),
+        pytest.param("long", *FP32.values, 3, id="long fp32"),
         pytest.param("long", *BF16.values, 2, id="long bf16", marks=BF16.marks),
     ],
 )
@@ -159,7 +165,7 @@ def test_every_step_from_the_same_state(recipe, dtype, num_steps, make_trainers)
 
 
 def test_first_update_of_adamw(make_trainers):
-    """From weights of 0 it is lr times the sign of the gradient, to the last bits.
+    """From weights of 0 it is lr times the sign of the gradient, but for a few roundings.
 
     1 - beta and 1 - beta^n cancel: in fp32 1 - 0.999 alone is off by 1.3e-5.
     """
@@ -169,11 +175,12 @@ def test_first_update_of_adamw(make_trainers):
     torch.manual_seed(0)
     fused.param.zero_()
     fused.grad.copy_(torch.randn_like(fused.grad))
+    fused.grad += fused.grad.sign()  # far from eps
     fused.counter.fill_(1)
     fused.update_weights()
     lr = fused.hparams[0, 0]
     expected = -lr.double() * fused.grad[:-2].sign()
-    assert relative_error(fused.param, expected) < 1e-6
+    assert relative_error(fused.param, expected) < 3e-6
 
 
 def test_state_is_that_of_pytorch_and_loads_in_place(make_trainers):
