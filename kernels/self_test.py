@@ -21,9 +21,10 @@ def self_test(step):
     Weights, averages and totals are as before afterwards. Every rank tests its own share of the
     first batch; nothing waits for another rank.
     """
-    # 1e-4 of a result's norm tells a wrong kernel, or one TF32 product in place of an fp32 one,
-    # from rounding; bf16 rounds more. Muon makes much of small singular values: with the way in
-    # which tensor cores add, its three TF32 products are off by up to 1.1e-2, and one by over 2e2.
+    # Rounding makes gradients wrong by 1e-6 of their norm in fp32, and by 1e-2 in bf16 (default,
+    # 128 images); a wrong kernel, or a TF32 product in place of an fp32 one, by far more than the
+    # bounds. Muon makes much of small singular values: with the way in which tensor cores add, its
+    # three TF32 products are off by up to 1.1e-2, and a single one by over 2e2.
     gradient_bound = 1e-4 if step.target.dtype == torch.float32 else 5e-2
     bounds = {"loss": gradient_bound, "gradient": gradient_bound, "adamw": 1e-4, "muon": 5e-2}
     buffers = [step.param, step.exp_avg, step.exp_avg_sq, step.totals]
