@@ -30,7 +30,8 @@ def save_checkpoint(path, model, dataset, config, epoch, test_accuracy, train_st
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(ckpt, buffer)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        # No view of the buffer: one in a traceback crashes the garbage collector of Python 3.12.1.
+        temporary.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path, device):
