@@ -19,17 +19,10 @@ triton = pytest.importorskip("triton")  # not on every platform
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMITS = {80: 163, 90: 227, 120: 99}  # KiB a program: A100, H100, RTX 50
-# Bytes of a thread that do not fit into registers, of what takes most. Muon, of fp32 accuracy,
-# spills everywhere; the stem does with Triton 3.6.
-SPILLED_LIMITS = {
-    ("muon", 80): 1200,
-    ("muon", 90): 64,
-    ("muon", 120): 1200,
-    ("attention_backward", 80): 16,
-    ("attention_backward", 120): 112,
-    ("stem_backward", 90): 8,
-    ("head", 120): 8,
-}
+# Bytes of a thread that do not fit into registers, with triton 3.6 and 3.7. Muon, of fp32 accuracy,
+# spills everywhere.
+SPILLED_LIMITS = {80: 128, 90: 8, 120: 128}
+MUON_SPILLED_LIMITS = {80: 1280, 90: 64, 120: 1280}
 
 
 def test_every_kernel_fits():
@@ -45,7 +38,8 @@ def test_every_kernel_fits():
         kernel = row["kernel"]
         arch = row["arch"]
         assert row["shared"] <= 1024 * SHARED_LIMITS[arch], row
-        assert row["spilled"] <= SPILLED_LIMITS.get((kernel, arch), 0), row
+        limits = MUON_SPILLED_LIMITS if kernel == "muon" else SPILLED_LIMITS
+        assert row["spilled"] <= limits[arch], row
         # Products run on tensor cores. Triton's bug 11047: with more than 4 warps a barrier
         # between those that share a wgmma is missing.
         is_product = kernel not in ("head", "reduce", "adamw")
