@@ -26,7 +26,7 @@ from runtime import Runtime
 from train import Trainer
 
 KILLS = int(os.environ.get("KILLS", 2))
-ARGS = ["--data", "shapes", "--epochs", 2, "--batch-size", 8]
+ARGS = ["--data", "shapes", "--epochs", 2, "--batch-size", 8, "--set", "weight_avg_frac=0.4"]
 
 
 def result_of(run_dir):
@@ -221,7 +221,8 @@ def test_a_run_moved_elsewhere_changes_nothing_around_it(finished, tmp_path, suc
     """Only a folder within a folder named runs has a best.pt beside."""
     state = torch.load(finished / "last.pt", weights_only=True)
     state["epoch"] = 1
-    state = tampered(state, "train_state", "history", value=state["train_state"]["history"][:1])
+    row = {**state["train_state"]["history"][0], "test_accuracy": -1.0}  # so epoch 2 is better
+    state = tampered(state, "train_state", "history", value=[row])
     place = tmp_path / "a" / "b" / "copy"
     place.mkdir(parents=True)
     (tmp_path / "a" / "best.pt").write_text("another file")

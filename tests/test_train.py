@@ -19,6 +19,7 @@ from checkpoint import load_checkpoint
 from cli import RunError, atomic_write, read_csv, sha256
 from optim import OneCycle
 from recipes import RECIPES
+from vit import build_model
 
 # --- the step ---
 
@@ -31,7 +32,7 @@ def test_steps_equal_the_plain_ones(small, kernels):
     """
     recipe = small_recipe(max_lr=0.003)
     trainer = make_trainer(small, recipe, precision="fp32", kernels=kernels)
-    plain = copy.deepcopy(trainer.model)
+    plain = build_model(recipe, small.num_classes, seed=1, device="cpu")
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -58,11 +59,14 @@ def test_steps_equal_the_plain_ones(small, kernels):
         trainer.step(i)
         total += loss.item() * len(indices)
         correct += (logits.argmax(1) == labels).sum().item()
-        # AdamW divides by the root of the mean square, so the rounding of a gradient near 0 may be
-        # as large as an update: the norm of all updates is compared, not each one.
-        update = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        # AdamW divides by the root of the mean square, so it hides the scale of gradients, and the
+        # rounding of one near 0 may be as large as an update: both are compared, by their norm.
+        grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+        expected = torch.cat([p.grad.flatten() for p in plain.parameters()])
+        assert (grads - expected).norm() < 1e-4 * expected.norm()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         expected = torch.cat([p.detach().flatten() for p in plain.parameters()])
-        assert (update - expected).norm() < 1e-4 * expected.norm()
+        assert (weights - expected).norm() < 1e-4 * expected.norm()
     mean_loss, accuracy = trainer.end_epoch()
     assert mean_loss == pytest.approx(total / 300, rel=1e-4)
     assert accuracy == pytest.approx(100 * correct / 300, abs=1.1)  # three images
@@ -195,6 +199,21 @@ def test_from_the_command_line_to_an_evaluated_checkpoint(small_shapes, tmp_path
     accuracy = float(row["test_accuracy"])
     loss = float(row["test_loss"])
     assert f"accuracy {accuracy:.2f} %, cross entropy {loss:.4f} nats" in stdout
+
+
+def test_best_pt_is_that_of_the_best_epoch(tiny_shapes, tmp_path, monkeypatch, succeeds):
+    """The first of several; last.pt is that of the last epoch."""
+    accuracies = iter([20.0, 40.0, 40.0, 30.0])
+    monkeypatch.setattr(train, "loss_and_accuracy", lambda logits, labels: (1.0, next(accuracies)))
+    args = ["--data", "shapes", "--out", tmp_path, "--epochs", 4, "--batch-size", 20]
+    out = succeeds(train, args)
+    assert "accuracy improved from 20.00 to 40.00, saving best.pt" in out
+    assert "last epoch: 30.00 %" in out
+    assert "best epoch: 40.00 % (epoch 2," in out
+    _, best = load_checkpoint(tmp_path / "best.pt", "cpu")
+    assert (best["epoch"], best["test_accuracy"]) == (2, 40.0)
+    _, last = load_checkpoint(only_run(tmp_path) / "last.pt", "cpu")
+    assert (last["epoch"], last["test_accuracy"]) == (4, 30.0)
 
 
 def test_held_out_images_are_evaluated(small, monkeypatch, text_figures, tmp_path, succeeds):
