@@ -1,7 +1,10 @@
 """How weights move: the OneCycle schedule, Muon, and which parameters AdamW and Muon update."""
 
+import inspect
+
 import torch
 import torch.nn.functional as F
+from torch.optim.adamw import adamw
 
 # --- the schedule ---
 
@@ -117,61 +120,139 @@ def orthogonalize(matrices):
     return results
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer(torch.optim.Optimizer):
+    """A torch.optim.Optimizer that does not import torch._dynamo, which takes two seconds.
+
+    torch decorates add_param_group, and the step of its own optimizers, so that torch.compile
+    leaves them alone; the decorators import it. Nothing here is compiled.
+    """
+
+    def add_param_group(self, param_group):
+        undecorated = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+        undecorated(self, param_group)
+
+
+class AdamW(Optimizer):
+    """torch.optim.AdamW with the same bits. Its beta1 is called momentum, and moves with the lr.
+
+    A group has params, lr, momentum and weight_decay. Loshchilov & Hutter 2017, arXiv:1711.05101.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.01, *, beta2=0.999, eps=1e-8):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.beta2 = beta2
+        self.eps = eps
+        # torch makes its state in the first step. Made now, it can be looked at and loaded.
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = group["params"]
+            states = [self.state[p] for p in params]
+            adamw(
+                params,
+                grads=[p.grad for p in params],
+                exp_avgs=[state["exp_avg"] for state in states],
+                exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+                max_exp_avg_sqs=[],
+                state_steps=[state["step"] for state in states],
+                lr=group["lr"],
+                beta1=group["momentum"],
+                beta2=self.beta2,
+                weight_decay=group["weight_decay"],
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+                fused=True,
+            )
+
+
+class Muon(Optimizer):
     """SGD with Nesterov momentum whose updates are orthogonalized, for float32 weights.
 
         m += (1 - momentum) (g - m),  u = g + momentum (m - g)
         W = W (1 - lr weight_decay) - lr sqrt(max(1, rows / columns)) orthogonalize(u)
 
-    num_chunks[i] matrices are stacked along the first axis of params[i]. Jordan et al. 2024,
+    A group has params of two or more dimensions, lr, momentum, weight_decay and num_chunks: so many
+    matrices are stacked along the first axis of each of its params. Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes matrices only, one at a time;
     this one also takes convolutions, as (out, in * height * width), all in a few batched products.
+    Raises ValueError for a parameter of fewer than two dimensions.
     """
 
-    def __init__(self, params, num_chunks, weight_decay):
-        super().__init__(params, {"lr": 0.0, "momentum": 0.0, "weight_decay": weight_decay})
-        self.num_chunks = num_chunks
-        for p in params:
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, num_chunks=1):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "num_chunks": num_chunks,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.dim() < 2:
+                raise ValueError(f"a parameter {tuple(p.shape)} is no matrix: leave it to AdamW")
             self.state[p]["exp_avg"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self):
-        (group,) = self.param_groups
-        params = group["params"]
-        lr = group["lr"]
-        momentum = group["momentum"]
-        grads = [p.grad for p in params]
-        exp_avgs = [self.state[p]["exp_avg"] for p in params]
-        torch._foreach_lerp_(exp_avgs, grads, 1 - momentum)
-        updates = torch._foreach_lerp(grads, exp_avgs, momentum)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    def step(self, closure=None):
+        """Update every parameter that has a gradient; return closure() if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
 
         # A parameter (out, ...) is a matrix (out, rest), or several: q, k and v are three.
         weights = []
         matrices = []
-        for p, update, n in zip(params, updates, self.num_chunks):
-            weights += p.view(len(p), -1).chunk(n)
-            matrices += update.flatten(1).chunk(n)
-        for weight, update in zip(weights, orthogonalize(matrices)):
+        lrs = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            lr = group["lr"]
+            momentum = group["momentum"]
+            grads = [p.grad for p in params]
+            exp_avgs = [self.state[p]["exp_avg"] for p in params]
+            torch._foreach_lerp_(exp_avgs, grads, 1 - momentum)
+            updates = torch._foreach_lerp(grads, exp_avgs, momentum)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            for p, update in zip(params, updates):
+                weights += p.view(len(p), -1).chunk(group["num_chunks"])
+                matrices += update.flatten(1).chunk(group["num_chunks"])
+                lrs += [lr] * group["num_chunks"]
+
+        # All matrices of all groups in one batch.
+        for weight, update, lr in zip(weights, orthogonalize(matrices), lrs):
             rows, columns = update.shape
             weight.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        return loss
 
 
 def build_optimizers(recipe, model):
-    """Return the optimizers of a recipe for a ViT: [AdamW], or [Muon, AdamW].
+    """Return the optimizers of a recipe for a ViT: [AdamW], or [Muon, AdamW]; their lr is 0.
 
     Muon updates hidden weights: matrices and convolutions but the head. Biases, norms and
-    embeddings never decay. AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101.
+    embeddings never decay.
     """
     hidden = []
-    num_chunks = []
+    stacked = []  # q, k and v in one matrix
     decay = []
     no_decay = []
     for name, p in model.named_parameters():
         is_weight = p.dim() > 1 and name not in ("cls_token", "pos_embedding")
         if recipe.optimizer == "muon" and is_weight and name != "head.weight":
-            hidden.append(p)
-            num_chunks.append(3 if name.endswith("qkv.weight") else 1)
+            if name.endswith("qkv.weight"):
+                stacked.append(p)
+            else:
+                hidden.append(p)
         elif recipe.optimizer == "adamw" and is_weight:
             decay.append(p)
         else:
@@ -181,16 +262,11 @@ def build_optimizers(recipe, model):
         {"params": decay, "weight_decay": recipe.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    betas = (0.0, recipe.beta2)  # beta1 comes with every step
-    adamw = torch.optim.AdamW(groups, betas=betas, eps=recipe.eps, fused=True)
-    # AdamW would make its state in its first step; made now, it can be looked at and loaded.
-    for p in decay + no_decay:
-        adamw.state[p]["step"] = torch.zeros((), device=p.device)
-        adamw.state[p]["exp_avg"] = torch.zeros_like(p)
-        adamw.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+    optimizer = AdamW(groups, lr=0.0, beta2=recipe.beta2, eps=recipe.eps)
     if recipe.optimizer == "adamw":
-        return [adamw]
-    return [Muon(hidden, num_chunks, recipe.weight_decay), adamw]
+        return [optimizer]
+    groups = [{"params": hidden, "num_chunks": 1}, {"params": stacked, "num_chunks": 3}]
+    return [Muon(groups, lr=0.0, weight_decay=recipe.weight_decay), optimizer]
 
 
 def average_weight(recipe, steps_done):
@@ -199,12 +275,10 @@ def average_weight(recipe, steps_done):
 
 
 def set_lr_momentum(optimizers, lr, momentum, adamw_lr_scale=1.0):
-    """Set the lr and momentum (beta1 of AdamW) of the next step."""
+    """Set the lr and momentum of the next step."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if isinstance(optimizer, Muon):
-                group["lr"] = lr
-                group["momentum"] = momentum
-            else:
+            group["lr"] = lr
+            group["momentum"] = momentum
+            if isinstance(optimizer, AdamW):
                 group["lr"] = lr * adamw_lr_scale
-                group["betas"] = (momentum, group["betas"][1])

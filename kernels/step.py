@@ -321,7 +321,9 @@ class FusedStep:
         *muons, adamw = build_optimizers(self.recipe, self.model)
         num_chunks = {}  # of Muon's parameters: q, k and v are three matrices
         for optimizer in muons:
-            num_chunks |= zip(optimizer.param_groups[0]["params"], optimizer.num_chunks)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    num_chunks[p] = group["num_chunks"]
         decays = {}
         for group in adamw.param_groups:
             for p in group["params"]:

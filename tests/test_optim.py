@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from conftest import ROOT, make_trainer, small_recipe
 
 from cli import read_csv
-from optim import COEFFICIENTS, Muon, OneCycle, build_schedule, orthogonalize, set_lr_momentum
+from optim import (
+    COEFFICIENTS,
+    AdamW,
+    Muon,
+    OneCycle,
+    build_schedule,
+    orthogonalize,
+    set_lr_momentum,
+)
 from recipes import RECIPES
 
 # --- OneCycle ---
@@ -98,13 +106,12 @@ def test_singular_values_above_a_thousandth_end_near_1():
     assert values.max() < 1.124
 
 
-def muon_step(params, grads, num_chunks, weight_decay=0.1, lr=0.1, momentum=0.9):
+def muon_step(params, grads, num_chunks=1, weight_decay=0.1, lr=0.1, momentum=0.9):
     """The parameters after one step from zero state, concatenated."""
     params = [p.clone().requires_grad_() for p in params]
     for p, grad in zip(params, grads):
         p.grad = grad.clone()
-    optimizer = Muon(params, num_chunks, weight_decay)
-    set_lr_momentum([optimizer], lr, momentum)
+    optimizer = Muon(params, lr, momentum, weight_decay, num_chunks)
     optimizer.step()
     return torch.cat([p.detach().flatten() for p in params])
 
@@ -114,7 +121,8 @@ def test_muon_agrees_with_torch_optim_on_matrices():
     torch.manual_seed(0)
     ours = [torch.randn(shape).requires_grad_() for shape in [(8, 20), (20, 8), (16, 16)]]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
-    optimizer = Muon(ours, [1, 1, 1], 0.1)
+    groups = [{"params": ours[:1]}, {"params": ours[1:]}]  # which share a batch of products
+    optimizer = Muon(groups, lr=0.0, weight_decay=0.1)
     reference = torch.optim.Muon(theirs, weight_decay=0.1, nesterov=True)
     for i in range(5):
         lr = 0.1 / (i + 1)
@@ -139,17 +147,61 @@ def test_muon_agrees_with_torch_optim_on_matrices():
 def test_convolutions_and_stacked_matrices_move_as_their_matrices():
     torch.manual_seed(0)
     conv, grad = torch.randn(2, 32, 3, 3, 3)
-    as_matrix = muon_step([conv.view(32, 27)], [grad.view(32, 27)], [1])
-    assert torch.allclose(muon_step([conv], [grad], [1]), as_matrix, atol=1e-5)
+    as_matrix = muon_step([conv.view(32, 27)], [grad.view(32, 27)])
+    assert torch.allclose(muon_step([conv], [grad]), as_matrix, atol=1e-5)
     whole, grad = torch.randn(2, 12, 6)
-    apart = muon_step(whole.chunk(3), grad.chunk(3), [1, 1, 1])
-    assert torch.allclose(muon_step([whole], [grad], [3]), apart, atol=1e-5)
-    assert not torch.allclose(muon_step([whole], [grad], [1]), apart, atol=1e-3)
+    apart = muon_step(whole.chunk(3), grad.chunk(3))
+    assert torch.allclose(muon_step([whole], [grad], num_chunks=3), apart, atol=1e-5)
+    assert not torch.allclose(muon_step([whole], [grad]), apart, atol=1e-3)
     # A tall matrix moves sqrt(rows / columns) times as far.
     zeros = torch.zeros(12, 6)
-    tall = muon_step([zeros], [grad], [1])
-    wide = muon_step([zeros.T], [grad.T], [1])
+    tall = muon_step([zeros], [grad])
+    wide = muon_step([zeros.T], [grad.T])
     assert tall.norm() / wide.norm() == pytest.approx(2**0.5, rel=1e-3)
+
+
+def test_muon_has_the_interface_of_torch_optim():
+    """A scheduler takes it, it calls a closure with gradients, and refuses a vector."""
+    p = torch.ones(3, 2, requires_grad=True)
+    unused = torch.ones(2, 2, requires_grad=True)
+    optimizer = Muon([p, unused], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 6
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert p.sum() < 6
+    assert torch.equal(unused, torch.ones(2, 2))
+    with pytest.raises(TypeError, match="lr"):
+        Muon([p])
+    with pytest.raises(ValueError, match=r"a parameter \(3,\) is no matrix"):
+        Muon([torch.zeros(3, requires_grad=True)], lr=0.1)
+
+
+def test_adamw_has_the_bits_of_torch_optim():
+    torch.manual_seed(0)
+    ours = [torch.randn(shape).requires_grad_() for shape in [(8, 20), (5,)]]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    optimizer = AdamW(ours, lr=0.1, weight_decay=0.1, beta2=0.99, eps=1e-7)
+    reference = torch.optim.AdamW(theirs, weight_decay=0.1, eps=1e-7, fused=True)
+    for i in range(5):
+        lr = 0.1 / (i + 1)
+        momentum = 0.95 - 0.02 * i
+        set_lr_momentum([optimizer], lr, momentum)
+        reference.param_groups[0].update(lr=lr, betas=(momentum, 0.99))
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+    for p, q in zip(ours, theirs):
+        assert torch.equal(p, q)
 
 
 def test_muon_has_the_hidden_weights_and_adamw_the_rest(small):
@@ -157,24 +209,27 @@ def test_muon_has_the_hidden_weights_and_adamw_the_rest(small):
     trainer = make_trainer(small, small_recipe(**changes))
     names = {p: name for name, p in trainer.model.named_parameters()}
     muon, adamw = trainer.optimizers
-    (hidden,) = muon.param_groups
+    hidden, stacked = muon.param_groups
     decayed, rest = adamw.param_groups
-    hidden_names = [names[p] for p in hidden["params"]]
+    hidden_names = [names[p] for p in hidden["params"] + stacked["params"]]
     other_names = [names[p] for p in rest["params"]]
     assert not decayed["params"]
     assert sorted(hidden_names + other_names) == sorted(names.values())
     matrices = [n for n in other_names if trainer.model.get_parameter(n).dim() > 1]
     assert matrices == ["cls_token", "pos_embedding", "head.weight"]
-    for name, n in zip(hidden_names, muon.num_chunks):
-        assert n == (3 if name.endswith("qkv.weight") else 1)
-    assert (hidden["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert all(names[p].endswith("qkv.weight") for p in stacked["params"])
+    assert len(stacked["params"]) == len(trainer.model.blocks)
+    assert (hidden["num_chunks"], stacked["num_chunks"]) == (1, 3)
+    for group in (hidden, stacked):
+        assert group["weight_decay"] == 0.1
+    assert rest["weight_decay"] == 0.0
 
     trainer.begin_epoch(0)
     trainer.step(0)
     trainer.step(1)
     lr, momentum = trainer.schedule(1)
     assert (hidden["lr"], hidden["momentum"]) == (lr, momentum)
-    assert (rest["lr"], rest["betas"][0]) == (0.15 * lr, momentum)
+    assert (rest["lr"], rest["momentum"]) == (0.15 * lr, momentum)
 
 
 def test_weight_matrices_alone_decay_under_adamw(small):
