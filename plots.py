@@ -1,13 +1,13 @@
-"""The figures that the scripts save as PNG. Nothing here needs a display or pyplot."""
+"""The figures that the scripts save as PNG. Nothing here needs a display or pyplot.
 
+matplotlib is imported by the first figure: that takes half a second, and most scripts begin with
+minutes of work.
+"""
+
+import functools
 import math
+import os
 import warnings
-
-from matplotlib import colormaps, rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from cli import atomic_write
 
@@ -29,7 +29,33 @@ STYLE = {
     "legend.frameon": False,
     "grid.alpha": 0.25,
 }
-styled = rc_context(STYLE)  # a decorator
+
+
+def styled(draw):
+    """Decorate a function that draws: it finds matplotlib's own defaults, and STYLE."""
+
+    @functools.wraps(draw)
+    def draw_styled(*args, **kwargs):
+        import_matplotlib()
+        from matplotlib import style
+
+        # The settings of the user are for his own figures: some would turn images upside down.
+        with style.context(["default", STYLE]):
+            return draw(*args, **kwargs)
+
+    return draw_styled
+
+
+def import_matplotlib():
+    """Import matplotlib whatever backend the environment names, as none is needed here.
+
+    A notebook exports the name of its own, which is an error in an environment that lacks it.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib  # noqa: F401
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
 
 
 def truncate(text, width):
@@ -42,10 +68,20 @@ def truncate(text, width):
     return "\n".join(lines)
 
 
+def empty_figure(width, height):
+    """Return a figure of width x height inches, drawn by Agg, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height))
+    FigureCanvasAgg(fig)
+    return fig
+
+
 def new_figure(width, height, title, *args, **kwargs):
     """Return a figure of width x height inches, and its subplots(*args, **kwargs)."""
-    fig = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(fig)
+    fig = empty_figure(width, height)
+    fig.set_layout_engine("constrained")
     fig.suptitle(truncate(title, int(10 * width)))
     return fig, fig.subplots(*args, **kwargs)
 
@@ -117,7 +153,7 @@ def training_curves(history, schedule, steps_per_epoch, title, split="test"):
     for ax, label in zip(axes.flat, (LOSS_LABEL, ACCURACY_LABEL, "lr", "momentum")):
         # A margin, so that dots of the first and last epoch are not clipped.
         ax.set(xlabel="epoch", ylabel=label, xlim=(-0.03 * num_epochs, 1.03 * num_epochs))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.locator_params(axis="x", integer=True)
         ax.grid()
     return fig
 
@@ -186,8 +222,7 @@ def heat_maps(images, names, maps, captions, title):
     method_width = M * (side + gap) + gap
     width = gap + side + len(maps) * method_width + gap
     height = head + n * row_height + foot
-    fig = Figure(figsize=(width, height))
-    FigureCanvasAgg(fig)
+    fig = empty_figure(width, height)
 
     def add_axes(left, bottom, w, h):
         return fig.add_axes((left / width, bottom / height, w / width, h / height))
@@ -202,6 +237,9 @@ def heat_maps(images, names, maps, captions, title):
         fig.text(x / width, y / height, text, ha="center", va="center", **style)
 
     # From blue to red, the more opaque the more salient.
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
     colors = colormaps["turbo"](range(256))
     colors[:, 3] = [0.8 * k / 255 for k in range(256)]
     colormap = ListedColormap(colors)

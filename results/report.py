@@ -14,8 +14,6 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))  # its modules lie above this script
 
-from matplotlib.ticker import MaxNLocator  # noqa: E402
-
 import plots  # noqa: E402
 from cli import Parser, RunError, atomic_write, markdown_table, read_csv, run_script  # noqa: E402
 
@@ -197,6 +195,7 @@ def render(texts):
     return texts
 
 
+@plots.styled
 def accuracy_curves():
     """Figure of the test accuracy by epoch of original and default, every seed."""
     fig, ax = plots.new_figure(8, 4.5, "24 epochs on the JPEG copy of CIFAR-10, every seed")
@@ -212,7 +211,7 @@ def accuracy_curves():
             ax.plot(epochs, column(run, "test_accuracy"), style, color=color, label=label)
             label = None  # one entry of the legend for all seeds
     ax.set(xlabel="epoch", ylabel=f"test {plots.ACCURACY_LABEL}")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.locator_params(axis="x", integer=True)
     ax.grid()
     ax.legend(loc="lower right")
     return fig
@@ -237,7 +236,7 @@ def main():
     for path in changed:
         with atomic_write(path) as temporary:
             temporary.write_text(rendered[path], encoding="utf-8")
-    plots.save_figure(plots.styled(accuracy_curves)(), ROOT / "docs" / "curves.png")
+    plots.save_figure(accuracy_curves(), ROOT / "docs" / "curves.png")
     print(f"changed: {names}")
 
 

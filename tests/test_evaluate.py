@@ -1,11 +1,14 @@
 """The classification report, the script, classify, and figures with hostile names."""
 
+import os
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, save_small_checkpoint
+from conftest import ROOT, make_model, save_small_checkpoint
 from PIL import Image
 
 import evaluate
@@ -99,6 +102,33 @@ def test_figures_take_any_name(name, tmp_path):
     lines = [line for text in texts for line in text.get_text().split("\n")]
     assert all(len(line) <= 10 * figure.get_figwidth() for line in lines)
     assert "mathdefault" not in str(lines)
+
+
+DRAW = """
+import sys
+import plots
+
+@plots.styled
+def draw():
+    fig, ax = plots.new_figure(3, 2, "title")
+    ax.imshow([[0, 1], [2, 3]])
+    return fig
+
+plots.save_figure(draw(), sys.argv[1])
+"""
+
+
+def test_figures_ignore_the_settings_of_the_user(tmp_path):
+    """The backend of a notebook, pictures upside down, texts by an absent LaTeX."""
+    settings = tmp_path / "matplotlibrc"
+    settings.write_text("image.origin: lower\ntext.usetex: True\n")
+    changed = {"MPLBACKEND": "nonsense", "MATPLOTLIBRC": str(settings)}
+    pictures = []
+    for name, environment in (("plain.png", {}), ("user.png", changed)):
+        command = [sys.executable, "-c", DRAW, tmp_path / name]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True)
+        pictures.append((tmp_path / name).read_bytes())
+    assert pictures[0] == pictures[1]
 
 
 def test_classify(small, tmp_path):
