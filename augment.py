@@ -78,10 +78,15 @@ def augment(images, rows, recipe, normalize):
         images = flip(images, rows.flip)
     if rows.affine is not None:
         # Only the images of the mask are moved, which takes less time than to move all.
-        mask = rows.affine
-        moved = affine(images[mask], rows.translate[mask], rows.scale[mask], rows.angle[mask])
+        chosen = rows.affine.nonzero()[:, 0]
+        moved = affine(
+            images[chosen],
+            rows.translate[chosen],
+            rows.scale[chosen],
+            rows.angle[chosen],
+        )
         images = images.float()
-        images[mask] = moved
+        images[chosen] = moved
     images = normalize(images)
     if rows.cutout is not None:
         images = cutout(images, rows.cutout_corner, recipe.cutout_size, rows.cutout)

@@ -7,7 +7,9 @@ every batch. So all ranks hold the same weights, and their number changes roundi
 """
 
 import atexit
+import contextlib
 import ctypes
+import importlib.metadata
 import os
 import platform
 import sys
@@ -91,6 +93,7 @@ class Runtime:
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too
 
         self.kernels = kernels
+        self.tested_kernels = set()  # the kernels that kernels.step has compared with PyTorch
         self.uses_matmul_stem = kernels == "auto" and self.device.type == "cpu"
         if self.uses_matmul_stem:
             tune_malloc()
@@ -120,7 +123,14 @@ class Runtime:
         Weights stay float32; they are cast to the working dtype on the way in, gradients on the way
         back.
         """
-        weights = {name: p.to(self.dtype) for name, p in model.named_parameters()}
+        return self.forward(model, self.cast_weights(model), images)
+
+    def cast_weights(self, model):
+        """Return the weights of a model in the working dtype, by name."""
+        return {name: p.to(self.dtype) for name, p in model.named_parameters()}
+
+    def forward(self, model, weights, images):
+        """Return float32 logits of normalized float32 images, by weights in the working dtype."""
         return torch.func.functional_call(model, weights, images.to(self.dtype)).float()
 
     @torch.no_grad()
@@ -128,12 +138,13 @@ class Runtime:
         """Return float32 logits (N, K) of uint8 images (N, 3, S, S), averaged over tta_views."""
         was_training = model.training
         model.eval()
+        weights = self.cast_weights(model)
         parts = []
         with ProgressBar("evaluating", len(images)) as progress:
             for i, batch in enumerate(images.split(EVAL_BATCH_SIZE)):
                 if i % self.ranks.world_size == self.ranks.rank:
                     views = tta_views(normalize(batch), tta)
-                    logits = sum(self.logits(model, view) for view in views)
+                    logits = sum(self.forward(model, weights, view) for view in views)
                     parts.append(logits / len(views))
                 else:  # another rank's batch
                     num_classes = model.config["num_classes"]
@@ -200,12 +211,9 @@ def versions():
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
     }
-    try:
-        import triton  # not on every platform
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
+    # Triton is not on every platform. Its import would take half a second.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["triton"] = importlib.metadata.version("triton")
     return found
 
 

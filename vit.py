@@ -17,7 +17,6 @@ from cli import Parser, positive_int, run_script
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 class Conv1x1(nn.Linear):
@@ -226,6 +225,8 @@ def summary(model):
     c = model.config["in_channels"]
     S = model.config["image_size"]
     images = torch.zeros(1, c, S, S, device=model.cls_token.device)
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton: half a second
+
     with FlopCounterMode(display=False) as counter:
         model(images)
     for handle in handles:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import vit
 from kernels.matmul_stem import MatmulStem
 from recipes import RECIPES
-from vit import ViT, build_model, summary
+from runtime import Runtime
+from vit import Stem, ViT, build_model, summary
 
 
 def by_hand(w, images):
@@ -98,7 +99,10 @@ def test_the_matmul_stem_has_the_parameters_of_the_stem():
     """In the same order, so that optimizers and checkpoints do not see a difference."""
     model = ViT()
     before = dict(model.named_parameters())
-    model.stem = MatmulStem(model.stem)
+    Runtime("cpu", kernels="torch").prepare(model)
+    assert isinstance(model.stem, Stem)
+    Runtime("cpu").prepare(model)
+    assert isinstance(model.stem, MatmulStem)
     after = dict(model.named_parameters())
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
