@@ -16,7 +16,7 @@ import torch
 from triton.errors import TritonError
 
 from augment import augment
-from cli import UsageError, first_line
+from cli import RunError, UsageError, first_line
 from kernels import attention, head, mlp, muon, stem, update
 from kernels.functions import INTERPRETED, NUM_HPARAMS, Target, split
 from kernels.self_test import self_test
@@ -31,7 +31,8 @@ KERNEL_ERRORS = (TritonError, subprocess.CalledProcessError, OSError, RuntimeErr
 def checked_step(trainer):
     """Return the FusedStep of a Trainer, or None where the kernels cannot be trusted.
 
-    Then a line on stderr says why. Raises UsageError instead where the user asks for the kernels.
+    Then a line on stderr says why. Raises UsageError instead where the user asks for the kernels,
+    and RunError where the GPU is of no use any more.
     """
     runtime = trainer.runtime
     step = None
@@ -41,11 +42,11 @@ def checked_step(trainer):
     else:
         try:
             step = FusedStep(trainer)
-            if not INTERPRETED:  # which has no hardware to test
-                print("kernels  compiling and checking, for a minute the first time", flush=True)
-                reason = self_test(step)
+            reason = test_once(step, runtime)
+        except torch.OutOfMemoryError:
+            raise  # PyTorch needs as much
         except KERNEL_ERRORS as error:
-            reason = f"they do not run on this device: {first_line(error)}"
+            reason = why_kernels_failed(error, runtime.device)
 
     # All ranks train by the same implementation.
     failures = torch.zeros(1, device=runtime.device)
@@ -58,6 +59,35 @@ def checked_step(trainer):
         raise UsageError(f"--kernels triton: {reason}")
     print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
     return None
+
+
+def test_once(step, runtime):
+    """Return None, or what self_test says; a Runtime tests kernels of the same sizes only once."""
+    sizes = tuple(step.model.config.items())
+    kernels = (sizes, step.recipe.batch_size, step.recipe.optimizer, len(step.rows))
+    if INTERPRETED or kernels in runtime.tested_kernels:  # the interpreter has no hardware to test
+        return None
+    print("kernels  compiling and checking, for a minute the first time", flush=True)
+    reason = self_test(step)
+    if reason is None:
+        runtime.tested_kernels.add(kernels)
+    return reason
+
+
+def why_kernels_failed(error, device):
+    """Return a line about an exception of KERNEL_ERRORS.
+
+    Raises RunError if it has made the GPU useless for this process, as an illegal access does.
+    """
+    reason = f"they do not run on this device: {first_line(error)}"
+    if isinstance(error, subprocess.CalledProcessError) or "C compiler" in reason:
+        return f"{reason}; Triton needs gcc and Python.h (apt install gcc python3-dev)"
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            raise RunError(f"the Triton kernels failed ({reason}); try --kernels torch") from None
+    return reason
 
 
 class FusedStep:

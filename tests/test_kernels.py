@@ -261,6 +261,7 @@ def test_checked_step(monkeypatch, capsys):
         monkeypatch.setattr(step, "INTERPRETED", False)
         monkeypatch.setattr(step, "self_test", self_test)
         monkeypatch.setattr(trainer.runtime, "ranks", ranks)
+        trainer.runtime.tested_kernels.clear()
         fused = step.checked_step(trainer)
         return fused, capsys.readouterr().err
 

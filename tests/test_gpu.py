@@ -1,0 +1,257 @@
+"""The host's code on a GPU that is not there: CPU tensors that are taken for tensors on cuda."""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+
+import pytest
+import torch
+from conftest import only_run, small_recipe, train_epoch
+from torch.overrides import TorchFunctionMode
+from triton.runtime.interpreter import GridExecutor
+
+import data
+import evaluate
+import gradcam
+import lr_range
+import train
+from checkpoint import load_checkpoint
+from cli import RunError
+from kernels import step
+from runtime import Runtime
+from train import Trainer, environment
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+# What reads a property of a tensor, or makes a view of it, and touches no element.
+HARMLESS = ("__get__", "numel", "dim", "size", "stride", "view", "data_ptr", "untyped_storage")
+HARMLESS += ("storage_offset", "element_size", "__len__", "is_contiguous", "__set__")
+HARMLESS += ("_has_compatible_shallow_copy_type",)
+COPIES = ("to", "cpu", "copy_")  # from one device to another
+
+
+class FakeGPU(TorchFunctionMode):
+    """Knows on which device every storage would be, and refuses what a GPU would refuse.
+
+    That is an operation on tensors of two devices, and any operation while a graph is captured. A
+    storage of which nothing is known, made in the middle of an operation, is where it is used.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.devices = {}  # address of a storage -> its device
+        self.storages = []  # kept, so that no address is used again
+        self.launches = None  # those of the graph that is captured
+
+    def device_of(self, tensor):
+        return self.devices.get(tensor.untyped_storage()._cdata)
+
+    def place(self, tensors, device):
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.devices.setdefault(storage._cdata, device)
+            self.storages.append(storage)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = func.__name__
+        tensors = tensors_in((args, kwargs))
+        devices = {self.device_of(t) for t in tensors if t.device == CPU and t.dim() > 0} - {None}
+        if func == torch.Tensor.device.__get__ and self.device_of(args[0]) == CUDA:
+            return CUDA
+        if self.launches is not None and CUDA in devices and name not in HARMLESS:
+            raise RuntimeError(f"{name} in a graph that is captured")
+        if name == "__set__":
+            return func(*args, **kwargs)
+        if len(devices) == 2 and name not in COPIES + HARMLESS:
+            raise RuntimeError(f"{name} of tensors on two devices")
+        if name == "numpy" and CUDA in devices:
+            raise RuntimeError("numpy of a tensor on cuda")
+
+        # Where the result is to be: what is asked for, or else where the tensors are.
+        goal = kwargs.get("device")
+        if name == "to" and goal is None:
+            goal = next((a for a in args if isinstance(a, str | torch.device)), None)
+        if name == "cpu":
+            goal = CPU
+        if goal is not None:
+            goal = CUDA if torch.device(goal).type == "cuda" else torch.device(goal)
+        if goal == CUDA:
+            args = [CPU if isinstance(a, str | torch.device) else a for a in args]
+            kwargs = {key: CPU if key == "device" else value for key, value in kwargs.items()}
+        found = next(iter(devices), CPU if not tensors else None)
+        result = func(*args, **kwargs)
+        if name in ("to", "cpu") and goal is not None and found is not None and goal != found:
+            result = result.clone()  # on the CPU they would be one tensor
+        goal = goal or found
+        if goal is not None and goal.type != "meta":
+            self.place(tensors_in(result), goal)
+            if name not in COPIES:
+                self.place([t for t in tensors if t.dim() > 0], goal)
+        return result
+
+
+def tensors_in(value):
+    """The tensors in a nest of tuples, lists and dicts."""
+    if torch.is_tensor(value):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
+
+
+class FakeGraph:
+    """Replays the launches that were made while it was captured."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.launches = []
+
+    @contextlib.contextmanager
+    def capture(self):
+        self.gpu.launches = self.launches
+        yield
+        self.gpu.launches = None
+
+    def replay(self):
+        for executor, args, kwargs in self.launches:
+            executor(*args, **kwargs)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """In the test, a FakeGPU of compute capability 9.0 is there."""
+    gpu = FakeGPU()
+    launch = GridExecutor.__call__
+
+    def launch_or_record(executor, *args, **kwargs):
+        if gpu.launches is not None:
+            gpu.launches.append((executor, args, kwargs))
+            return
+        for tensor in tensors_in((args, kwargs)):
+            assert gpu.device_of(tensor) == CUDA
+        with torch._C.DisableTorchFunction():
+            launch(executor, *args, **kwargs)
+
+    make_generator = torch.Generator
+    monkeypatch.setattr(GridExecutor, "__call__", launch_or_record)
+    monkeypatch.setattr(step, "INTERPRETED", False)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": make_generator())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "no GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(gpu))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph.capture())
+    with gpu:
+        yield gpu
+
+
+def test_the_fake_is_strict(gpu):
+    a = torch.ones(2, device="cuda")
+    b = torch.ones(2)
+    assert a.device == (a + 1).device == (a * torch.tensor(2.0)).device == CUDA
+    assert b.device == (b + 1).device == a.cpu().device == CPU
+    assert b.to("cuda").device == CUDA
+    with pytest.raises(RuntimeError, match="two devices"):
+        a + b
+    with pytest.raises(RuntimeError, match="numpy"):
+        a.numpy()
+    with pytest.raises(RuntimeError, match="captured"), FakeGraph(gpu).capture():
+        a.sum().item()
+
+
+@pytest.fixture
+def few_shapes(monkeypatch, text_figures):
+    """`--data shapes` is 3 training and 10 test images: the interpreter takes a second an image."""
+    few = data.load_shapes(3, 10)
+    monkeypatch.setattr(data, "load_shapes", lambda: few)
+
+
+def test_scripts_run_on_a_gpu(gpu, tiny_shapes, tmp_path, monkeypatch, succeeds):
+    """In PyTorch, with all that a recipe may have."""
+    monkeypatch.setattr(lr_range, "MIN_STEPS", 3)
+    monkeypatch.setattr(lr_range, "NUM_LRS", (2, 2))
+    args = ["--data", "shapes", "--device", "cuda", "--out", tmp_path, "--kernels", "torch"]
+    recipe = ["--recipe", "original", "--set", "weight_avg_frac=0.4"]
+    succeeds(train, [*args, *recipe, "--batch-size", 8, "--epochs", 2])
+    ckpt = ["--ckpt", tmp_path / "best.pt", "--device", "cuda", "--out", tmp_path]
+    succeeds(evaluate, [*ckpt, "--tta", "shift"])
+    succeeds(gradcam, [*ckpt, "--n", 2])
+    succeeds(gradcam, [*ckpt, "--metrics", 4])
+    succeeds(lr_range, [*args, *recipe, "--set", "batch_size=8", "--epochs", 10])
+
+
+def test_a_training_by_captured_kernels(gpu, few_shapes, tmp_path, monkeypatch, succeeds):
+    """Its bits are those of kernels that are launched one by one; config.json says what runs."""
+    args = ["--data", "shapes", "--epochs", 1, "--batch-size", 2, "--kernels", "triton"]
+    captured = ["--device", "cuda", "--precision", "fp32", "--out", tmp_path / "captured"]
+    printed = succeeds(train, [*args, *captured])
+    assert printed.count("compiling and checking") == 1
+    config = json.loads((only_run(tmp_path / "captured") / "config.json").read_text())
+    assert config["runs_on"] == "cuda (no GPU), fp32, Triton kernels"
+
+    monkeypatch.setattr(step, "INTERPRETED", True)
+    single = ["--device", "cuda", "--precision", "fp32", "--out", tmp_path / "single"]
+    succeeds(train, [*args, *single])
+    _, expected = load_checkpoint(tmp_path / "single" / "best.pt", "cpu")
+    _, actual = load_checkpoint(tmp_path / "captured" / "best.pt", "cpu")
+    for name, weight in expected["model"].items():
+        assert torch.equal(actual["model"][name], weight)
+
+
+def fused_on_gpu(small_set, self_test, monkeypatch):
+    """A Trainer on the fake GPU, with a self test that is replaced."""
+    monkeypatch.setattr(step, "self_test", self_test)
+    fields = {key: v.to("cuda") for key, v in vars(small_set).items() if torch.is_tensor(v)}
+    dataset = dataclasses.replace(small_set, **fields)
+    runtime = Runtime("cuda", "fp32")
+    return lambda: Trainer(small_recipe(batch_size=100), dataset, runtime, seed=1)
+
+
+def test_one_test_serves_all_trainings_of_a_process(gpu, small, monkeypatch, capsys):
+    tested = []
+    make = fused_on_gpu(small, lambda fused: tested.append(fused), monkeypatch)
+    assert make().fused_step is not make().fused_step
+    assert len(tested) == 1
+    assert capsys.readouterr().out.count("compiling") == 1
+
+
+def test_no_compiler(gpu, small, monkeypatch, capsys):
+    """The line says what to install, and the run is recorded as one of PyTorch."""
+
+    def self_test(fused):
+        raise subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
+
+    trainer = fused_on_gpu(small, self_test, monkeypatch)()
+    assert "apt install gcc python3-dev" in capsys.readouterr().err
+    assert environment(trainer)["runs_on"].endswith("PyTorch")
+    train_epoch(trainer, 0)
+
+
+def test_no_memory(gpu, small, monkeypatch):
+    """PyTorch would have none either, so it is not tried."""
+
+    def self_test(fused):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fused_on_gpu(small, self_test, monkeypatch)()
+
+
+def test_an_illegal_access(gpu, small, monkeypatch):
+    """No later operation of the process works, so no training goes on."""
+
+    def self_test(fused):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RunError, match="illegal memory access .*; try --kernels torch"):
+        fused_on_gpu(small, self_test, monkeypatch)()
