@@ -86,6 +86,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
+def parse_before_imports(parse_args):
+    """Parse the flags of a script whose imports take seconds: a wrong one need not wait for them.
+
+    The line tells the user what is going on. Of several ranks, rank 0 writes it.
+    """
+    parse_args()
+    if os.environ.get("RANK", "0") == "0":
+        print("importing torch", flush=True)
+
+
 def number(convert, is_valid, description):
     """Return an argparse type: convert(text) where is_valid(value), else an error."""
 

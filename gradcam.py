@@ -12,9 +12,50 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from cli import Parser, ProgressBar, UsageError, add_run_data_arguments, add_device_argument
-from cli import markdown_table, positive_int, printable, run_script, seed_int, writable_dir
-from cli import write_csv
+from cli import Parser, ProgressBar, UsageError, add_device_argument, add_run_data_arguments
+from cli import markdown_table, parse_before_imports, positive_int, printable, run_script
+from cli import seed_int, writable_dir, write_csv
+
+# --- the flags ---
+
+METHODS = {
+    "gradcam": "Grad-CAM",
+    "hirescam": "HiResCAM",
+    "masked-gradients": "masked gradients",
+}
+SHOWN = ("gradcam", "masked-gradients")  # where --method names none
+LAYERS = ("stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2")  # have rows and columns
+LAYER = "stem.gelu2"
+
+
+def parse_args():
+    parser = Parser(description="Show where the network looks, in test images or in yours.")
+    add = parser.add_argument
+    add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
+    add("--n", type=positive_int, default=10, help="test images to show, of each class in turn")
+    add("--image", nargs="+", type=Path, metavar="FILE", help="show these instead of test images")
+    add("--correct", action="store_true", help="show correctly classified test images")
+    add("--class", dest="class_name", metavar="CLASS", help="show test images of this class")
+    add("--method", choices=METHODS, help=f"show this one alone (default: {' and '.join(SHOWN)})")
+    add("--layer", default=LAYER, choices=LAYERS, help="of gradcam and hirescam")
+    help = "instead, measure all methods on N test images (1000 where N is left out)"
+    add("--metrics", nargs="?", type=positive_int, const=1000, metavar="N", help=help)
+    add("--seed", type=seed_int, default=1, help="of the choice of test images")
+    add_run_data_arguments(parser)
+    add_device_argument(parser)
+    add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
+    args = parser.parse_args()
+    if args.image and (args.correct or args.class_name):
+        parser.error("--image shows no test images (--correct, --class)")
+    if args.metrics and (args.image or args.correct or args.class_name or args.method):
+        parser.error("--metrics shows no images, and measures every method")
+    if args.method == "masked-gradients" and args.layer != LAYER:
+        parser.error("--layer: masked-gradients are computed at the image")
+    return args
+
+
+if __name__ == "__main__":
+    parse_before_imports(parse_args)
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +66,10 @@ from checkpoint import load_checkpoint
 from data import class_balanced_indices, load_for_checkpoint, load_image
 from runtime import Runtime
 
-METHODS = {
-    "gradcam": "Grad-CAM",
-    "hirescam": "HiResCAM",
-    "masked-gradients": "masked gradients",
-}
-SHOWN = ("gradcam", "masked-gradients")  # where --method names none
-LAYERS = ("stem.conv1", "stem.gelu1", "stem.conv2", "stem.gelu2")  # have rows and columns
-LAYER = "stem.gelu2"
 NUM_MASKS = 32  # 16 cost 0.04 of the pointing game on `shapes`, n = 200
 STEPS = 12  # of insertion and deletion, 85 pixels each
 BLUR_STD = 4.0  # pixels, of the blurred image that insertion starts from
 BATCH_SIZE = 125  # of --metrics, as fast as 250
-
 
 # --- maps ---
 
@@ -407,32 +439,6 @@ def run_picture(args, ckpt, model, normalize, runtime):
 
 
 # --- the script ---
-
-
-def parse_args():
-    parser = Parser(description="Show where the network looks, in test images or in yours.")
-    add = parser.add_argument
-    add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
-    add("--n", type=positive_int, default=10, help="test images to show, of each class in turn")
-    add("--image", nargs="+", type=Path, metavar="FILE", help="show these instead of test images")
-    add("--correct", action="store_true", help="show correctly classified test images")
-    add("--class", dest="class_name", metavar="CLASS", help="show test images of this class")
-    add("--method", choices=METHODS, help=f"show this one alone (default: {' and '.join(SHOWN)})")
-    add("--layer", default=LAYER, choices=LAYERS, help="of gradcam and hirescam")
-    help = "instead, measure all methods on N test images (1000 where N is left out)"
-    add("--metrics", nargs="?", type=positive_int, const=1000, metavar="N", help=help)
-    add("--seed", type=seed_int, default=1, help="of the choice of test images")
-    add_run_data_arguments(parser)
-    add_device_argument(parser)
-    add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
-    args = parser.parse_args()
-    if args.image and (args.correct or args.class_name):
-        parser.error("--image shows no test images (--correct, --class)")
-    if args.metrics and (args.image or args.correct or args.class_name or args.method):
-        parser.error("--metrics shows no images, and measures every method")
-    if args.method == "masked-gradients" and args.layer != LAYER:
-        parser.error("--layer: masked-gradients are computed at the image")
-    return args
 
 
 def main():

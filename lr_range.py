@@ -14,15 +14,48 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cli import Parser, ProgressBar, RunError, add_data_arguments, add_runtime_arguments, number
-from cli import positive_int, run_script, seed_int, writable_dir, write_csv
+from cli import Parser, ProgressBar, RunError, add_data_arguments, add_runtime_arguments
+from cli import number, parse_before_imports, positive_int, run_script, seed_int, writable_dir
+from cli import write_csv
+from recipes import RECIPES, with_overrides
+
+# --- the flags ---
+
+
+def parse_args():
+    parser = Parser(description="Find a --max-lr for train.py: a range test, then short trainings.")
+    num_lrs = number(int, lambda n: 1 <= n <= 100_000, "from 1 to 100000, a day on a CPU")
+    lr = number(float, lambda x: 1e-30 <= x <= 1e30, "from 1e-30 to 1e30")
+    add = parser.add_argument
+    help = "number of lrs of the sweep, with --steps-per-epoch batches each"
+    add("--epochs", type=num_lrs, default=500, metavar="LRS", help=help)
+    help = "batches at each lr of the sweep"
+    add("--steps-per-epoch", type=positive_int, default=10, metavar="BATCHES", help=help)
+    add("--start-lr", type=lr, default=1e-10, metavar="LR", help="first lr of the sweep")
+    add("--end-lr", type=lr, default=1.0, metavar="LR", help="end of its lrs")
+    add("--mode", default="linear", choices=["linear", "exp"], help="spacing of its lrs")
+    add("--sweep-only", action="store_true", help="the range test without the short trainings")
+    add("--recipe", default="default", choices=RECIPES, help="what is to be trained with the lr")
+    add("--set", action="append", metavar="NAME=VALUE", help="any setting of recipes.Recipe")
+    add_data_arguments(parser)
+    add_runtime_arguments(parser)
+    add("--seed", type=seed_int, default=1, help="of weights, order of images and augmentation")
+    help = "directory of the tables and the figure"
+    add("--out", type=Path, default=Path("."), metavar="DIR", help=help)
+    args = parser.parse_args()
+    if args.start_lr >= args.end_lr:
+        parser.error(f"--start-lr {args.start_lr:g} is not below --end-lr {args.end_lr:g}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_before_imports(parse_args)
 
 import torch
 import torch.nn.functional as F
 
 import data
 import plots
-from recipes import RECIPES, with_overrides
 from runtime import Runtime
 from train import Trainer
 
@@ -291,32 +324,6 @@ def doubts(runs):
 
 
 # --- the script ---
-
-
-def parse_args():
-    parser = Parser(description="Find a --max-lr for train.py: a range test, then short trainings.")
-    num_lrs = number(int, lambda n: 1 <= n <= 100_000, "from 1 to 100000, a day on a CPU")
-    lr = number(float, lambda x: 1e-30 <= x <= 1e30, "from 1e-30 to 1e30")
-    add = parser.add_argument
-    help = "number of lrs of the sweep, with --steps-per-epoch batches each"
-    add("--epochs", type=num_lrs, default=500, metavar="LRS", help=help)
-    help = "batches at each lr of the sweep"
-    add("--steps-per-epoch", type=positive_int, default=10, metavar="BATCHES", help=help)
-    add("--start-lr", type=lr, default=1e-10, metavar="LR", help="first lr of the sweep")
-    add("--end-lr", type=lr, default=1.0, metavar="LR", help="end of its lrs")
-    add("--mode", default="linear", choices=["linear", "exp"], help="spacing of its lrs")
-    add("--sweep-only", action="store_true", help="the range test without the short trainings")
-    add("--recipe", default="default", choices=RECIPES, help="what is to be trained with the lr")
-    add("--set", action="append", metavar="NAME=VALUE", help="any setting of recipes.Recipe")
-    add_data_arguments(parser)
-    add_runtime_arguments(parser)
-    add("--seed", type=seed_int, default=1, help="of weights, order of images and augmentation")
-    help = "directory of the tables and the figure"
-    add("--out", type=Path, default=Path("."), metavar="DIR", help=help)
-    args = parser.parse_args()
-    if args.start_lr >= args.end_lr:
-        parser.error(f"--start-lr {args.start_lr:g} is not below --end-lr {args.end_lr:g}")
-    return args
 
 
 class Search:

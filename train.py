@@ -31,7 +31,43 @@ from pathlib import Path
 
 from cli import Parser, ProgressBar, RunError, UsageError, add_data_arguments, add_runtime_arguments
 from cli import atomic_write, positive_float, positive_int, printable, run_script, seed_int
-from cli import writable_dir, writable_file, write_csv
+from cli import parse_before_imports, writable_dir, writable_file, write_csv
+from recipes import RECIPES, Recipe, with_overrides
+
+# --- the flags ---
+
+OVERRIDES = {"epochs": positive_int, "batch_size": positive_int, "max_lr": positive_float}
+RESUME_FLAGS = ("resume", "data", "data_dir", "device")  # all that --resume goes with
+
+
+def parse_args():
+    """Return (args, names of the flags that were given)."""
+    parser = Parser(description="Train the channel-token ViT; ends with an evaluated best.pt.")
+    add = parser.add_argument
+    add("--recipe", default="default", choices=RECIPES, help="settings, which other flags override")
+    for name, type_ in OVERRIDES.items():
+        values = ", ".join(f"{recipe} {getattr(r, name)}" for recipe, r in RECIPES.items())
+        help = f"of the training (the recipe's: {values})"
+        add(f"--{name.replace('_', '-')}", type=type_, metavar="X", help=help)
+    add("--set", action="append", metavar="NAME=VALUE", help="any setting of recipes.Recipe")
+    add_data_arguments(parser)
+    help = "evaluate on N training images, which are not trained on, instead of the test images"
+    add("--val-split", type=positive_int, metavar="N", help=help)
+    add_runtime_arguments(parser)
+    add("--seed", type=seed_int, default=1, help="of weights, order of images and augmentation")
+    add("--runs", type=positive_int, default=1, help="number of seeds, counted up from --seed")
+    help = "continue a run, its folder or its last.pt, with the settings it began with"
+    add("--resume", type=Path, metavar="RUN", help=help)
+    add("--out", type=Path, default=Path("."), metavar="DIR", help="for runs/ and best.pt")
+    args = parser.parse_args()
+    # Parsed again without defaults, what is not None was given.
+    absent = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = parser.parse_args(namespace=absent)
+    return args, [name for name, value in vars(given).items() if value is not None]
+
+
+if __name__ == "__main__":
+    parse_before_imports(parse_args)
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +78,6 @@ from augment import Normalize, augment, epoch_plan
 from checkpoint import load_checkpoint, save_checkpoint, why_tensors_differ
 from evaluate import loss_and_accuracy
 from optim import average_weight, build_optimizers, build_schedule, set_lr_momentum
-from recipes import RECIPES, Recipe, with_overrides
 from runtime import Runtime, versions
 from vit import build_model
 
@@ -353,35 +388,6 @@ def print_result(run):
 
 
 # --- the script ---
-
-OVERRIDES = {"epochs": positive_int, "batch_size": positive_int, "max_lr": positive_float}
-RESUME_FLAGS = ("resume", "data", "data_dir", "device")  # all that --resume goes with
-
-
-def parse_args():
-    """Return (args, names of the flags that were given)."""
-    parser = Parser(description="Train the channel-token ViT; ends with an evaluated best.pt.")
-    add = parser.add_argument
-    add("--recipe", default="default", choices=RECIPES, help="settings, which other flags override")
-    for name, type_ in OVERRIDES.items():
-        values = ", ".join(f"{recipe} {getattr(r, name)}" for recipe, r in RECIPES.items())
-        help = f"of the training (the recipe's: {values})"
-        add(f"--{name.replace('_', '-')}", type=type_, metavar="X", help=help)
-    add("--set", action="append", metavar="NAME=VALUE", help="any setting of recipes.Recipe")
-    add_data_arguments(parser)
-    help = "evaluate on N training images, which are not trained on, instead of the test images"
-    add("--val-split", type=positive_int, metavar="N", help=help)
-    add_runtime_arguments(parser)
-    add("--seed", type=seed_int, default=1, help="of weights, order of images and augmentation")
-    add("--runs", type=positive_int, default=1, help="number of seeds, counted up from --seed")
-    help = "continue a run, its folder or its last.pt, with the settings it began with"
-    add("--resume", type=Path, metavar="RUN", help=help)
-    add("--out", type=Path, default=Path("."), metavar="DIR", help="for runs/ and best.pt")
-    args = parser.parse_args()
-    # Parsed again without defaults, what is not None was given.
-    absent = argparse.Namespace(**dict.fromkeys(vars(args)))
-    given = parser.parse_args(namespace=absent)
-    return args, [name for name, value in vars(given).items() if value is not None]
 
 
 def main():

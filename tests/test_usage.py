@@ -1,5 +1,6 @@
 """Wrong command lines, of every script: exit status 2, one line, nothing written."""
 
+import os
 import subprocess
 import sys
 
@@ -68,6 +69,18 @@ def test_a_wrong_command_is_one_line(command, tmp_path, small_shapes, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert message in fails(module, args)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("module", [train, lr_range, gradcam])
+def test_flags_are_parsed_before_torch_is_imported(module, tmp_path):
+    """A wrong one does not wait for it; a right one is followed by a line that says so."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    script = ROOT / f"{module.__name__}.py"
+    for args, status, out in (["--bogus"], 2, ""), ([], 7, "importing torch\n"):
+        command = [sys.executable, script, *args]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (status, out)
 
 
 def test_a_progress_bar_fits_the_terminal(monkeypatch, capsys):
