@@ -29,8 +29,9 @@ class RunError(Exception):
 def run_script(main):
     """Call main(); what the user can do something about ends in one line and an exit status.
 
-    A UsageError has status 2, a RunError or an error of the operating system 1, Ctrl-C 130, with
-    the message of the KeyboardInterrupt if it has one. Any other exception is a bug: a traceback.
+    A UsageError has status 2; a RunError, an error of the operating system and a lack of memory 1;
+    Ctrl-C 130, with the message of the KeyboardInterrupt if it has one. Any other exception is a
+    bug: a traceback.
     """
     name = os.path.basename(sys.argv[0])
     try:
@@ -43,10 +44,23 @@ def run_script(main):
     except (UsageError, RunError, OSError) as error:
         print(f"{name}: error: {printable(error)}", file=sys.stderr)
         sys.exit(getattr(error, "status", 1))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: error: out of memory; a smaller batch takes less", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as interrupt:
         message = printable(interrupt)
         print(f"\n{name}: stopped" + (f"; {message}" if message else ""), file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Return whether a MemoryError, or torch's RuntimeError of a CPU or GPU, is about memory."""
+    message = str(error)
+    if "out of memory" in message or "allocate memory" in message:
+        return True
+    return isinstance(error, MemoryError)
 
 
 def printable(text):
@@ -82,6 +96,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
+    def parse_args(self, args=None, namespace=None):
+        # argparse drops a value of two dashes, and leaves the flag with an empty list.
+        for arg in sys.argv[1:]:
+            if arg.startswith("--") and arg.endswith("=--"):
+                self.error(f"{arg[:-3]} has no value")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
@@ -111,7 +132,8 @@ def number(convert, is_valid, description):
     return parse
 
 
-positive_int = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2^31 - 1")
+positive_int = number(int, lambda n: 1 <= n <= 10**6, "a whole number from 1 to 1,000,000")
+num_shown = number(int, lambda n: 1 <= n <= 1000, "a whole number from 1 to 1,000")
 # Below 1e-30 float32 arithmetic on parameters rounds to nothing.
 positive_float = number(float, lambda x: 1e-30 <= x < math.inf, "a number of at least 1e-30")
 seed_int = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")

@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 import plots
 from augment import Normalize, augment, epoch_plan
 from cli import Parser, ProgressBar, RunError, UsageError, add_data_arguments, atomic_write
-from cli import first_line, positive_int, printable, run_script, seed_int, sha256, writable_dir
+from cli import first_line, num_shown, printable, run_script, seed_int, sha256, writable_dir
 from recipes import RECIPES
 from shapes import SHAPE_NAMES, generate_shapes
 
@@ -516,7 +516,7 @@ def main():
     parser = Parser(description="Print statistics of a dataset and save a grid of samples.")
     add_data_arguments(parser)
     parser.add_argument("--recipe", default="default", choices=RECIPES, help="its augmentation")
-    parser.add_argument("--n", type=positive_int, default=12, help="number of samples")
+    parser.add_argument("--n", type=num_shown, default=12, help="number of samples")
     parser.add_argument("--seed", type=seed_int, default=1, help="of the run whose epochs to show")
     parser.add_argument("--out", type=Path, default=Path("."), help="directory of data.png")
     args = parser.parse_args()

@@ -13,8 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from cli import Parser, ProgressBar, UsageError, add_device_argument, add_run_data_arguments
-from cli import markdown_table, parse_before_imports, positive_int, printable, run_script
-from cli import seed_int, writable_dir, write_csv
+from cli import markdown_table, num_shown, parse_before_imports, positive_int, printable
+from cli import run_script, seed_int, writable_dir, write_csv
 
 # --- the flags ---
 
@@ -32,7 +32,7 @@ def parse_args():
     parser = Parser(description="Show where the network looks, in test images or in yours.")
     add = parser.add_argument
     add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help="a file of train.py")
-    add("--n", type=positive_int, default=10, help="test images to show, of each class in turn")
+    add("--n", type=num_shown, default=10, help="test images to show, of each class in turn")
     add("--image", nargs="+", type=Path, metavar="FILE", help="show these instead of test images")
     add("--correct", action="store_true", help="show correctly classified test images")
     add("--class", dest="class_name", metavar="CLASS", help="show test images of this class")

@@ -57,7 +57,7 @@ import torch.nn.functional as F
 import data
 import plots
 from runtime import Runtime
-from train import Trainer
+from train import Trainer, warn_of_large_batch
 
 SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten lrs
 HELD_OUT = 5000  # training images, or a tenth of fewer
@@ -341,6 +341,7 @@ class Search:
         # Neither part trains on these images, nor looks at the test images.
         num_held_out = min(HELD_OUT, math.ceil(len(dataset.train_images) / 10))
         self.dataset = data.train_val_split(dataset, num_held_out)
+        warn_of_large_batch(self.recipe, self.dataset)
 
         self.history = []  # of the sweep: a dict an lr
         self.marks = {}  # of the sweep: name -> lr

@@ -60,16 +60,23 @@ class Ranks:
 
 
 def join_ranks(device):
-    """Join the process group of torchrun, if it has started this process, as a Ranks."""
+    """Join the process group of torchrun, if it has started this process, as a Ranks.
+
+    Raises UsageError for more ranks than GPUs, and for variables that torchrun did not set so.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Ranks()
-    if device.type == "cuda":
-        local_rank = int(os.environ["LOCAL_RANK"])
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise UsageError(f"torchrun started more ranks than {count} GPUs")
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if device.type == "cuda":
+            local_rank = int(os.environ["LOCAL_RANK"])
+            count = torch.cuda.device_count()
+            if local_rank >= count:
+                raise UsageError(f"torchrun started more ranks than {count} GPUs")
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (KeyError, ValueError) as error:
+        message = f"RANK, WORLD_SIZE and the like are not as torchrun sets them: {error}"
+        raise UsageError(message) from None
     atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
 

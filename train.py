@@ -88,14 +88,11 @@ class Trainer:
     """Model, optimizers and schedule of a training.
 
     `averaged_model`, which is evaluated, is a running mean of the weights of `model`, or `model`
-    itself where the recipe has no average. Raises UsageError for a batch that is larger than the
-    dataset.
+    itself where the recipe has no average.
     """
 
     def __init__(self, recipe, dataset, runtime, seed):
         count = len(dataset.train_images)
-        if recipe.batch_size > count:
-            raise UsageError(f"batch_size {recipe.batch_size} is more than the {count:,} images")
         self.recipe = recipe
         self.dataset = dataset
         self.runtime = runtime
@@ -421,7 +418,7 @@ def new_runs(args):
     writable_dir(args.out / "runs")
     writable_file(args.out / "best.pt")
     print_header(runtime, args.recipe, recipe)
-    dataset, data_sha256 = load_dataset(args.data, args.data_dir, args.val_split, runtime)
+    dataset, data_sha256 = load_dataset(recipe, args.data, args.data_dir, args.val_split, runtime)
 
     for seed in range(args.seed, args.seed + args.runs):
         trainer = Trainer(recipe, dataset, runtime, seed)
@@ -477,7 +474,7 @@ def resume_run(args, given):
     print_header(runtime, config["recipe"], recipe)
     spec = args.data if "data" in given else config["data"]
     data_dir = args.data_dir if "data_dir" in given else config["data_dir"]
-    dataset, data_sha256 = load_dataset(spec, data_dir, config["val_split"], runtime)
+    dataset, data_sha256 = load_dataset(recipe, spec, data_dir, config["val_split"], runtime)
     if data_sha256 != config["data_sha256"]:
         raise UsageError(f"{last} was trained on other images, labels or classes than {spec} has")
 
@@ -579,7 +576,7 @@ def print_header(runtime, name, recipe):
     print(textwrap.fill(text, 79, subsequent_indent=" " * 9), flush=True)
 
 
-def load_dataset(spec, data_dir, val_split, runtime):
+def load_dataset(recipe, spec, data_dir, val_split, runtime):
     """Return the dataset of a run, and its fingerprint before any split."""
     # Rank 0 goes first. The others load what it has loaded, which for "auto" may be shapes, and
     # find what it has downloaded and decoded.
@@ -598,7 +595,15 @@ def load_dataset(spec, data_dir, val_split, runtime):
     train = f"{len(dataset.train_images):,} train"
     test = f"{len(dataset.test_images):,} {kind}"
     print(f"dataset  {dataset.name}: {train}, {test}, {dataset.num_classes} classes", flush=True)
+    warn_of_large_batch(recipe, dataset)
     return dataset, fingerprint
+
+
+def warn_of_large_batch(recipe, dataset):
+    """Print a line if the recipe's batches are larger than the dataset."""
+    count = len(dataset.train_images)
+    if recipe.batch_size > count:
+        print(f"warning: batch_size {recipe.batch_size}, but a batch has all {count:,} images")
 
 
 def environment(trainer):

@@ -130,6 +130,16 @@ def test_a_state_continues_with_the_same_bits(small_shapes, recipe, device):
     assert len(state["weights"]) == len(state["exp_avg"]) == 32
 
 
+def test_a_batch_larger_than_the_dataset_has_all_of_it(small):
+    weights = []
+    for batch_size in (300, 512):
+        trainer = make_trainer(small, small_recipe(batch_size=batch_size))
+        assert trainer.steps_per_epoch == 1
+        train_epoch(trainer, 0)
+        weights.append(sha256(trainer.state_dict()))
+    assert weights[0] == weights[1]
+
+
 # --- not finite ---
 
 
