@@ -2,7 +2,7 @@
 
     python bench.py                                  # recipe default; a few minutes on a CPU
     python bench.py --recipe original --csv FILE
-    python bench.py --variants auto --whole          # time a whole training too
+    python bench.py --variants auto                  # what train.py runs alone
 
 `eager` is plain PyTorch, `--kernels torch` of train.py. `compile` is that under torch.compile, on a
 GPU with mode="max-autotune", whose CUDA graphs hold the forward and the backward pass. `auto` is
@@ -26,7 +26,6 @@ import torch
 import data
 from cli import Parser, ProgressBar, RunError, add_runtime_arguments, first_line, markdown_table
 from cli import positive_int, run_script, writable_file, write_csv
-from evaluate import loss_and_accuracy
 from recipes import RECIPES
 from runtime import Runtime, tune_malloc, versions
 from train import Trainer
@@ -62,18 +61,6 @@ def time_epoch(trainer):
     """Train the first epoch, maybe once more; return seconds."""
     started = time.perf_counter()
     train_epoch(trainer, 0)
-    return time.perf_counter() - started
-
-
-def time_training(trainer):
-    """Train all epochs and evaluate after each, as train.py does; return seconds."""
-    started = time.perf_counter()
-    images = trainer.dataset.test_images
-    labels = trainer.dataset.test_labels
-    for epoch in range(trainer.recipe.epochs):
-        train_epoch(trainer, epoch)
-        logits = trainer.runtime.predict(trainer.averaged_model, trainer.normalize, images)
-        loss_and_accuracy(logits, labels)
     return time.perf_counter() - started
 
 
@@ -120,8 +107,6 @@ def parse_args():
     add("--rounds", type=positive_int, default=5, help="how often each is measured")
     help = "of a round (default: 20 on a CPU, elsewhere those of 50,000 images)"
     add("--steps", type=positive_int, metavar="N", help=help)
-    help = "also time each for a whole training with evaluations; on a CPU minutes to hours"
-    add("--whole", action="store_true", help=help)
     add("--csv", type=Path, metavar="FILE", help="also write the table there")
     add_runtime_arguments(parser)
     return parser.parse_args()
@@ -169,12 +154,6 @@ def main():
     for variant in trainers:
         row = make_row(variant, times[variant], times.get("auto"), recipe.batch_size, steps)
         rows.append(row)
-
-    if args.whole:
-        dataset = load_shapes(50_000, 10_000, runtime.device)
-        for row in rows:
-            trainer = make_trainer(row["variant"], recipe, dataset, args)
-            row["training_s"] = f"{time_training(trainer):.1f}"
 
     head = [name.replace("_", " ") for name in rows[0]]
     print(markdown_table(head, [row.values() for row in rows]))

@@ -122,6 +122,11 @@ class FakeGraph:
             executor(*args, **kwargs)
 
 
+class GeneratorOfAnyDevice(torch.Generator):
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """In the test, a FakeGPU of compute capability 9.0 is there."""
@@ -137,10 +142,9 @@ def gpu(monkeypatch):
         with torch._C.DisableTorchFunction():
             launch(executor, *args, **kwargs)
 
-    make_generator = torch.Generator
     monkeypatch.setattr(GridExecutor, "__call__", launch_or_record)
     monkeypatch.setattr(step, "INTERPRETED", False)
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": make_generator())
+    monkeypatch.setattr(torch, "Generator", GeneratorOfAnyDevice)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "no GPU")
