@@ -4,6 +4,7 @@
     python train.py --recipe original --data FOLDER     # the run to reproduce, on an image folder
     python train.py --runs 5 --seed 1                   # five seeds, then mean and std
     python train.py --resume runs/RUN                   # continue a stopped run with the same bits
+    python train.py --init runs/RUN/last.pt             # a new run from the weights of another
     torchrun --nproc-per-node=8 train.py                # one run on eight GPUs
 
 A run writes best.pt, last.pt, history.csv, config.json and curves.png to a folder under runs/;
@@ -56,6 +57,8 @@ def parse_args():
     add_runtime_arguments(parser)
     add("--seed", type=seed_int, default=1, help="of weights, order of images and augmentation")
     add("--runs", type=positive_int, default=1, help="number of seeds, counted up from --seed")
+    help = "begin with the weights of this file of train.py, instead of random ones"
+    add("--init", type=Path, metavar="FILE", help=help)
     help = "continue a run, its folder or its last.pt, with the settings it began with"
     add("--resume", type=Path, metavar="RUN", help=help)
     add("--out", type=Path, default=Path("."), metavar="DIR", help="for runs/ and best.pt")
@@ -291,7 +294,7 @@ def train(run):
     num_epochs = trainer.recipe.epochs
     num_steps = trainer.steps_per_epoch
     if len(run.history) == num_epochs:
-        print("the run is finished: nothing is left to do")
+        print("the run is finished; --init trains its weights on in a new run")
         return
     loss_head = f"{run.split} loss"
     heads = ["epoch", "lr", "momentum", "train loss", "acc %", loss_head, "acc %", "seconds"]
@@ -417,11 +420,16 @@ def new_runs(args):
     silence_other_ranks(runtime)
     writable_dir(args.out / "runs")
     writable_file(args.out / "best.pt")
+    initial = None
+    if args.init:
+        initial = load_checkpoint(args.init, "cpu")
     print_header(runtime, args.recipe, recipe)
     dataset, data_sha256 = load_dataset(recipe, args.data, args.data_dir, args.val_split, runtime)
 
     for seed in range(args.seed, args.seed + args.runs):
         trainer = Trainer(recipe, dataset, runtime, seed)
+        if initial is not None:
+            load_weights(*initial, trainer)
         config = {
             "recipe": args.recipe,
             "settings": dataclasses.asdict(recipe),
@@ -432,6 +440,7 @@ def new_runs(args):
             "val_split": args.val_split,
             "kernels": args.kernels,
             "precision": runtime.precision,
+            "init": str(args.init) if args.init else None,
             **environment(trainer),
         }
         folder = None
@@ -442,6 +451,15 @@ def new_runs(args):
                 temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         print(f"\nseed {seed}, {dataset.name}, {printable(folder)}")
         yield Run(trainer, folder, config, history=[])
+
+
+def load_weights(model, ckpt, trainer):
+    """Copy the weights of --init into a trainer; raises UsageError if they do not fit."""
+    if ckpt["class_names"] != list(trainer.dataset.class_names):
+        raise UsageError(f"--init: its classes are not those of {trainer.dataset.name}")
+    if model.config != trainer.model.config:
+        raise UsageError("--init: its network has other sizes")
+    trainer.model.load_state_dict(model.state_dict())
 
 
 def resume_run(args, given):

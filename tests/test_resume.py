@@ -172,7 +172,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, succeeds, monkeypa
     monkeypatch.chdir(finished)
     for path in (finished, finished / "last.pt", "."):
         out = succeeds(train, ["--resume", path])
-        assert "the run is finished: nothing is left to do" in out
+        assert "the run is finished; --init trains its weights on in a new run" in out
         assert "last epoch: " in out
     assert {path: path.read_bytes() for path in finished.iterdir()} == before
 

@@ -10,7 +10,8 @@ import resource
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RUN_FILES, make_trainer, only_run, small_recipe, train_epoch
+from conftest import RUN_FILES, make_trainer, only_run, save_small_checkpoint, small_recipe
+from conftest import train_epoch
 
 import data
 import evaluate
@@ -224,6 +225,22 @@ def test_best_pt_is_that_of_the_best_epoch(tiny_shapes, tmp_path, monkeypatch, s
     assert (best["epoch"], best["test_accuracy"]) == (2, 40.0)
     _, last = load_checkpoint(only_run(tmp_path) / "last.pt", "cpu")
     assert (last["epoch"], last["test_accuracy"]) == (4, 30.0)
+
+
+def test_a_run_begins_with_the_weights_of_another(small, small_shapes, tmp_path, invoke, succeeds):
+    """Of any recipe, but of the same classes."""
+    first = save_small_checkpoint(tmp_path / "first.pt", small)
+    args = ["--data", "shapes", "--out", tmp_path, "--epochs", 1, "--max-lr", 1e-30]
+    succeeds(train, [*args, "--batch-size", 100, "--init", first])
+    before = load_checkpoint(first, "cpu")[0].state_dict()
+    after = load_checkpoint(tmp_path / "best.pt", "cpu")[0].state_dict()
+    for name, weight in before.items():
+        assert torch.allclose(after[name], weight, atol=1e-20)
+
+    names = ("other", *small.class_names[1:])
+    save_small_checkpoint(first, dataclasses.replace(small, class_names=names))
+    status, _, err = invoke(train, [*args, "--init", first])
+    assert status == 2 and "its classes are not those of shapes" in err
 
 
 def test_held_out_images_are_evaluated(small, monkeypatch, text_figures, tmp_path, succeeds):
