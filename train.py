@@ -349,10 +349,12 @@ def save_epoch(run):
     model = trainer.averaged_model
     accuracies = [row[f"{run.split}_accuracy"] for row in run.history]
     accuracy = accuracies[-1]
-    best = max(accuracies[:-1], default=0.0)  # so far
-    is_best = accuracy > best or len(accuracies) == 1
-    if is_best:
-        print(f"      accuracy improved from {best:.2f} to {accuracy:.2f}, saving best.pt")
+    before = accuracies[:-1]
+    is_best = not before or accuracy > max(before)
+    if not before:
+        print(f"      accuracy {accuracy:.2f}, saving best.pt")
+    elif is_best:
+        print(f"      accuracy improved from {max(before):.2f} to {accuracy:.2f}, saving best.pt")
     if run.folder is None:
         return
 
@@ -384,7 +386,8 @@ def print_result(run):
     last = run.history[-1]
     best = max(run.history, key=lambda row: row[key])
     print(f"last epoch: {last[key]:.2f} % on {images} images")
-    print(f"best epoch: {best[key]:.2f} % (epoch {best['epoch']}, chosen by it, so too high)")
+    if len(run.history) > 1:
+        print(f"best epoch: {best[key]:.2f} % (epoch {best['epoch']}, chosen by it, so too high)")
 
 
 # --- the script ---
