@@ -27,7 +27,7 @@ import data
 from cli import Parser, ProgressBar, RunError, add_runtime_arguments, first_line, markdown_table
 from cli import positive_int, run_script, writable_file, write_csv
 from recipes import RECIPES
-from runtime import Runtime, tune_malloc, versions
+from runtime import Runtime, tune_process, versions
 from train import Trainer
 
 VARIANTS = ["eager", "compile", "auto"]
@@ -119,8 +119,8 @@ def main():
     recipe = RECIPES[args.recipe]
     runtime = Runtime(args.device, args.precision, args.kernels)
     steps = args.steps
+    tune_process(runtime.device)
     if runtime.device.type == "cpu":
-        tune_malloc()
         steps = steps or 20
     else:
         steps = steps or 50_000 // recipe.batch_size

@@ -25,7 +25,7 @@ import plots
 from augment import Normalize
 from checkpoint import load_checkpoint
 from data import IMAGE_SIZE, class_balanced_indices, load_for_checkpoint, load_image
-from runtime import Runtime
+from runtime import Runtime, tune_process
 
 
 def loss_and_accuracy(logits, labels):
@@ -131,6 +131,7 @@ def parse_args():
 def main():
     args = parse_args()
     runtime = Runtime(args.device, args.precision)
+    tune_process(runtime.device)
     model, ckpt = load_checkpoint(args.ckpt, runtime.device)
     runtime.prepare(model)
     out = writable_dir(args.out or args.ckpt.parent)

@@ -64,7 +64,7 @@ import plots
 from augment import Normalize
 from checkpoint import load_checkpoint
 from data import class_balanced_indices, load_for_checkpoint, load_image
-from runtime import Runtime
+from runtime import Runtime, tune_process
 
 NUM_MASKS = 32  # 16 cost 0.04 of the pointing game on `shapes`, n = 200
 STEPS = 12  # of insertion and deletion, 85 pixels each
@@ -444,6 +444,7 @@ def run_picture(args, ckpt, model, normalize, runtime):
 def main():
     args = parse_args()
     runtime = Runtime(args.device, "fp32", "torch")
+    tune_process(runtime.device)
     model, ckpt = load_checkpoint(args.ckpt, runtime.device)
     names = ckpt["class_names"]
     if args.class_name is not None and args.class_name not in names:

@@ -56,7 +56,7 @@ import torch.nn.functional as F
 
 import data
 import plots
-from runtime import Runtime
+from runtime import Runtime, tune_process
 from train import Trainer, warn_of_large_batch
 
 SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten lrs
@@ -334,6 +334,7 @@ class Search:
         self.recipe = with_overrides(RECIPES[args.recipe], args.set or [])
         writable_dir(args.out)
         self.runtime = Runtime(args.device, args.precision, args.kernels)
+        tune_process(self.runtime.device)
         print(f"{self.runtime.describe()}\nloading images", flush=True)
         dataset = data.load(args.data, args.data_dir, self.runtime.device)
         self.title = f"{dataset.name}, recipe {args.recipe}, seed {args.seed}"

@@ -96,14 +96,10 @@ class Runtime:
             precision = "bf16" if supports_bf16_matmul(self.device) else "fp32"
         self.precision = precision
         self.dtype = DTYPES[precision]
-        if self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too
 
         self.kernels = kernels
         self.tested_kernels = set()  # the kernels that kernels.step has compared with PyTorch
         self.uses_matmul_stem = kernels == "auto" and self.device.type == "cpu"
-        if self.uses_matmul_stem:
-            tune_malloc()
 
     def finds_triton(self):
         """Return whether a training is to use the Triton kernels: on a GPU, if they can run.
@@ -224,16 +220,18 @@ def versions():
     return found
 
 
-def tune_malloc():
-    """Make glibc keep freed memory for the rest of the process; does nothing without glibc.
+def tune_process(device):
+    """Set what belongs to the whole process: a script does so, a library leaves it to its user.
 
-    By default it returns large blocks to the system at once, and every step would fault tens of
-    megabytes in again: a quarter of its time.
+    On a CPU glibc keeps freed memory, where there is a glibc. By default it returns large blocks to
+    the system at once, and every step would fault tens of megabytes in again: a quarter of its
+    time. On a GPU fp32 means fp32 in convolutions too, not TF32.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    # The numbers stand for M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD, see mallopt(3).
-    mallopt(-4, 0)
-    mallopt(-1, 2**31 - 1)
-    mallopt(-2, 2**28)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    elif device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        # The numbers stand for M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD, see mallopt(3).
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
+        mallopt(-2, 2**28)

@@ -81,7 +81,7 @@ from augment import Normalize, augment, epoch_plan
 from checkpoint import load_checkpoint, save_checkpoint, why_tensors_differ
 from evaluate import loss_and_accuracy
 from optim import average_weight, build_optimizers, build_schedule, set_lr_momentum
-from runtime import Runtime, versions
+from runtime import Runtime, tune_process, versions
 from vit import build_model
 
 # --- the training ---
@@ -420,6 +420,7 @@ def new_runs(args):
             assignments.append(f"{name}={value}")
     recipe = with_overrides(RECIPES[args.recipe], assignments)
     runtime = Runtime(args.device, args.precision, args.kernels, distributed=True)
+    tune_process(runtime.device)
     silence_other_ranks(runtime)
     writable_dir(args.out / "runs")
     writable_file(args.out / "best.pt")
@@ -491,6 +492,7 @@ def resume_run(args, given):
 
     device = args.device if "device" in given else config.get("device")
     runtime = Runtime(device, config["precision"], config["kernels"], distributed=True)
+    tune_process(runtime.device)
     silence_other_ranks(runtime)
     print_header(runtime, config["recipe"], recipe)
     spec = args.data if "data" in given else config["data"]

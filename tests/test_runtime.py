@@ -19,7 +19,7 @@ import train
 from checkpoint import load_checkpoint
 from cli import read_csv, sha256
 from recipes import RECIPES
-from runtime import Ranks, Runtime, tune_malloc
+from runtime import Ranks, Runtime, tune_process
 from train import Trainer
 
 
@@ -167,7 +167,7 @@ def test_without_bf16_glibc_or_triton_runs_work(monkeypatch, capsys):
     monkeypatch.setattr(runtime, "supports_bf16_matmul", lambda device: False)
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     monkeypatch.setitem(sys.modules, "triton", None)
-    tune_malloc()
+    tune_process(torch.device("cpu"))
     assert Runtime("cpu").precision == "fp32"
     assert Runtime("cpu", "bf16").precision == "bf16"
     assert not Runtime("cpu").finds_triton()
