@@ -14,8 +14,10 @@ import io
 import math
 import os
 import pickle
+import re
 import sys
 import tarfile
+import unicodedata
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -245,7 +247,11 @@ def join_batches(batches):
 
 # --- folders of images ---
 
-IGNORED_FILES = ("thumbs.db", "desktop.ini")  # file managers leave them in folders
+# Of these, Pillow reads those that it was built with. Files with other extensions are no images.
+IMAGE_EXTENSION = re.compile(
+    r"\.(apng|avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)$", re.I
+)
+IGNORED_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # file managers leave them in folders
 DECODER_VERSION = 3  # to be raised when `decode` changes, so that no cache holds old pixels
 MAX_PIXELS = 8192 * 8192  # a larger image is a mistake or a decompression bomb
 
@@ -253,20 +259,36 @@ MAX_PIXELS = 8192 * 8192  # a larger image is a mistake or a decompression bomb
 def load_image_folder(folder, data_dir):
     """Return the Dataset of the images in folder/train/<class>/ and folder/test/<class>/.
 
+    The images of a class are those that `find_images` finds; a line names what is left out. Instead
+    of test/ there may be val/ or valid/. Where there is none, or where the folders of the classes
+    are those in `folder` itself, a tenth of the images is held out, always the same, and a line
+    says so.
+
     Images are decoded once, as `load_image` does, and cached in data_dir. Raises UsageError for
     another layout, RunError for an image that cannot be read.
     """
-    train = list_images(folder, "train")
-    test = list_images(folder, "test")
-    if set(train) != set(test):
+    train_folder, test_folder = find_splits(folder)
+    left_out = []
+    train = list_classes(train_folder, left_out)
+    test = {}
+    if test_folder is not None:
+        test = list_classes(test_folder, left_out)
+    warn_left_out(left_out)
+    if not train:
+        raise UsageError(f"{folder} has no folder train/<class>/, nor <class>/, with images")
+    if test_folder is not None and set(train) != set(test):
         name = min(set(train) ^ set(test))
-        split = "train" if name in train else "test"
-        raise UsageError(f"{folder}: class {name!r} is in {split}/ alone")
+        present = train_folder.name
+        absent = test_folder.name
+        if name in test:
+            present, absent = absent, present
+        raise UsageError(f"{folder}: class {name!r} is in {present}/ and not in {absent}/")
 
     paths = []
     labels = []
     for split in (train, test):
-        for label, files in enumerate(split.values()):
+        for label, name in enumerate(train):
+            files = split.get(name, [])
             paths += files
             labels += [label] * len(files)
     num_train = sum(len(files) for files in train.values())
@@ -277,8 +299,8 @@ def load_image_folder(folder, data_dir):
     mean, std = channel_mean_std(images[:num_train])
     # A channel that is constant has std 0. It is divided by 1, and so becomes 0.
     std = tuple(value if value > 0 else 1.0 for value in std)
-    return Dataset(
-        name=folder.name,
+    dataset = Dataset(
+        name=f"folder {folder.name}",  # it may be called cifar10
         spec=str(folder),
         train_images=images[:num_train],
         train_labels=labels[:num_train],
@@ -288,23 +310,71 @@ def load_image_folder(folder, data_dir):
         mean=mean,
         std=std,
     )
+    if test_folder is None:
+        count = max(num_train // 10, 1)
+        held_out = f"{count:,} of its {num_train:,} images are held out, and not trained on"
+        print(f"{printable(folder)} has no test/: {held_out}")
+        dataset = train_val_split(dataset, count)
+    return dataset
 
 
-def list_images(folder, split):
-    """Return {class: paths} of the class folders in a split's folder, both sorted.
+def find_splits(folder):
+    """Return the folders of the training and of the test images in a folder of images.
 
-    Raises UsageError if there is no class folder, or no file in one.
+    The latter is None if there is none, the former the folder itself if it has the classes.
+    """
+    for name in ("test", "val", "valid"):
+        if (folder / name).is_dir():
+            return folder / "train", folder / name
+    if (folder / "train").is_dir():
+        return folder / "train", None
+    # A folder such as Training/, which has no images but folders with images, is not a class.
+    for entry in list_folder(folder):
+        if entry.is_dir() and not any(file.is_file() for file in list_folder(entry.path)):
+            raise UsageError(f"{folder} has no folder train/, and {entry.name}/ in it no images")
+    return folder, None
+
+
+def list_classes(folder, left_out):
+    """Return {class: paths of images} of the class folders in a folder, both sorted.
+
+    A name that Unicode writes in two ways (NFC, NFD) is one class. What is no folder is appended to
+    left_out. Raises UsageError for a class without images.
     """
     classes = {}
-    for entry in list_folder(folder / split):
+    for entry in list_folder(folder):
         if entry.is_dir():
-            classes[entry.name] = [file.path for file in list_folder(entry.path) if file.is_file()]
-    if not classes:
-        raise UsageError(f"{folder} has no folder {split}/<class>/ with images")
-    for name, paths in classes.items():
-        if not paths:
-            raise UsageError(f"{folder} has no images in {split}/{name}/")
+            name = unicodedata.normalize("NFC", entry.name)
+            classes[name] = classes.get(name, []) + find_images(entry.path, left_out)
+            if not classes[name]:
+                raise UsageError(f"{entry.path}/ has no files with the extension of an image")
+        else:
+            left_out.append(entry.path)
     return classes
+
+
+def find_images(folder, left_out):
+    """Return the paths of the images in a folder and in all folders within, sorted.
+
+    They are the files with an IMAGE_EXTENSION, in the order of torchvision's ImageFolder.
+    Other files, and links to nothing, are appended to left_out.
+    """
+    paths = []
+    for entry in list_folder(folder):
+        if entry.is_dir():
+            paths += find_images(entry.path, left_out)
+        elif entry.is_file() and IMAGE_EXTENSION.search(entry.name):
+            paths.append(entry.path)
+        else:
+            left_out.append(entry.path)
+    return sorted(paths, key=os.path.split)
+
+
+def warn_left_out(paths):
+    """Print how many files are left out, and the first of them, unless there is none."""
+    if paths:
+        line = "warning: files left out, which are no images or links to nothing:"
+        print(f"{line} {len(paths):,}, the first is {printable(paths[0])}", file=sys.stderr)
 
 
 def list_folder(path):
