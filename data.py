@@ -17,6 +17,7 @@ import pickle
 import re
 import sys
 import tarfile
+import time
 import unicodedata
 import urllib.request
 import warnings
@@ -32,7 +33,8 @@ from PIL import Image, ImageOps
 import plots
 from augment import Normalize, augment, epoch_plan
 from cli import Parser, ProgressBar, RunError, UsageError, add_data_arguments, atomic_write
-from cli import first_line, positive_int, printable, run_script, seed_int, sha256, writable_dir
+from cli import check_regular, first_line, positive_int, printable, run_script, seed_int, sha256
+from cli import writable_dir
 from recipes import RECIPES
 from shapes import SHAPE_NAMES, generate_shapes
 
@@ -138,9 +140,11 @@ MIRRORS = (
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 TIMEOUT = 15  # seconds without an answer from a mirror
-TRAIN_FILES = [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)]
-TEST_FILE = "cifar-10-batches-py/test_batch"
-NAMES_FILE = "cifar-10-batches-py/batches.meta"
+TOTAL_TIMEOUT = 3600  # seconds for the whole archive: 47 kB a second are enough
+FOLDER = "cifar-10-batches-py"  # in the archive
+TRAIN_FILES = [f"{FOLDER}/data_batch_{i}" for i in range(1, 6)]
+TEST_FILE = f"{FOLDER}/test_batch"
+NAMES_FILE = f"{FOLDER}/batches.meta"
 
 # Of the run to reproduce; `channel_mean_std` gives the same to three digits.
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
@@ -153,9 +157,13 @@ def load_cifar10(data_dir):
     Raises RunError if the archive cannot be had, or is another file.
     """
     path = data_dir / ARCHIVE
+    check_regular(path)
+    if not path.exists():
+        if (data_dir / FOLDER).is_dir():
+            reason = f"is not read, since pickles may run code; {ARCHIVE} is wanted beside it"
+            print(f"{printable(data_dir / FOLDER)} {reason}", file=sys.stderr)
+        download_archive(path)
     try:
-        if not path.exists():
-            download_archive(path)
         content = path.read_bytes()
         check_archive(content)
     except (OSError, ValueError) as error:
@@ -178,11 +186,17 @@ def load_cifar10(data_dir):
 
 def check_archive(content):
     """Raise ValueError unless `content`, bytes, is that of the official archive."""
-    if hashlib.sha256(content).hexdigest() != ARCHIVE_SHA256:
-        raise ValueError(
-            f"these {len(content):,} bytes are not the official archive, "
-            f"which has {ARCHIVE_BYTES:,} bytes and sha256 {ARCHIVE_SHA256}"
-        )
+    if hashlib.sha256(content).hexdigest() == ARCHIVE_SHA256:
+        return
+    if content[:100].lstrip().startswith(b"<"):
+        raise ValueError("this is HTML, not the archive")
+    if len(content) < ARCHIVE_BYTES:
+        found = f"{len(content):,} of {ARCHIVE_BYTES:,} bytes"
+        raise ValueError(f"{found}: not the official archive, or not all of it")
+    raise ValueError(
+        f"these {len(content):,} bytes are not the official archive, "
+        f"which has {ARCHIVE_BYTES:,} bytes and sha256 {ARCHIVE_SHA256}"
+    )
 
 
 def download_archive(path):
@@ -210,18 +224,25 @@ def download_archive(path):
 
 
 def download(url):
-    """Return the bytes behind a URL, at most 1 MiB more than the archive has."""
+    """Return the bytes behind a URL, at most 1 MiB more than the archive has.
+
+    Raises TimeoutError for one that takes more than TOTAL_TIMEOUT.
+    """
     content = bytearray()
+    started = time.monotonic()
     # Some hosts refuse the name under which Python asks.
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
     response = urllib.request.urlopen(request, timeout=TIMEOUT)
     with response, ProgressBar("downloading", ARCHIVE_BYTES) as progress:
         while len(content) <= ARCHIVE_BYTES:
-            part = response.read(2**20)
+            part = response.read1(2**20)  # what has arrived; read() would wait for all of it
             if not part:
                 break
             content += part
             progress.update(len(content))
+            if time.monotonic() - started > TOTAL_TIMEOUT:
+                received = f"{len(content):,} of {ARCHIVE_BYTES:,} bytes"
+                raise TimeoutError(f"timed out after {TOTAL_TIMEOUT} s, with {received}")
     return content
 
 
@@ -401,6 +422,7 @@ def load_decoded(paths, cache):
         stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
     fingerprint = sha256(repr((DECODER_VERSION, stats)))
 
+    check_regular(cache)
     images = read_cache(cache, fingerprint)
     if images is None or images.shape != (len(paths), 3, IMAGE_SIZE, IMAGE_SIZE):
         print(f"decoding {len(paths):,} images, once", flush=True)
@@ -469,6 +491,7 @@ def pillow_settings():
 
 def decode(path):
     """Return one image as an array uint8 (3, 32, 32), as described at `load_image`."""
+    check_regular(path)
     try:
         # Given a path, Pillow 13 maps a gray TIFF into memory and misreads one that is rotated.
         with open(path, "rb") as file, Image.open(file) as image:

@@ -1,5 +1,6 @@
 """Datasets: the CIFAR-10 archive, folders of images, shapes, statistics, splits, the script."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -10,6 +11,7 @@ import socket
 import struct
 import sys
 import tarfile
+import threading
 import time
 import unicodedata
 import warnings
@@ -102,23 +104,41 @@ def test_the_archive_is_downloaded_once_and_read(official, tmp_path, capsys):
     assert os.listdir(data_dir) == [data.ARCHIVE]
 
 
+def answer_slowly(server):
+    """Answer each request with 20 bytes, one in a tenth of a second."""
+    while True:
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):  # the reader has gone
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+            for _ in range(20):
+                connection.sendall(b"x")
+                time.sleep(0.1)
+
+
 def test_mirrors_are_tried_in_turn(official, tmp_path, monkeypatch, capsys):
     silent = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
+    slow = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=answer_slowly, args=(slow,), daemon=True).start()
     wrong = tmp_path / "wrong.tar.gz"
-    wrong.write_bytes(b"<html>")
+    wrong.write_bytes(b"\n <!DOCTYPE html>")
+    short = tmp_path / "short.tar.gz"
+    short.write_bytes(official.read_bytes()[:1234])
     reasons = {
         "file:///no/such/file": "No such file",
         "http://127.0.0.1:9/x": "refused",
         "nonsense": "unknown url type",
         "http://a b/": "control characters",
         f"http://127.0.0.1:{silent.getsockname()[1]}/": "timed out",
-        wrong.as_uri(): "these 6 bytes are not the official archive",
+        f"http://127.0.0.1:{slow.getsockname()[1]}/": "timed out after 0.5 s, with ",
+        wrong.as_uri(): "this is HTML, not the archive",
+        short.as_uri(): f"1,234 of {data.ARCHIVE_BYTES:,} bytes: not the official archive, or not",
         "file:///dev/zero": "these 1,048,576 bytes are not",  # without an end
     }
     first, *others = reasons
     monkeypatch.setenv("CIFAR10_URL", first)
     monkeypatch.setattr(data, "MIRRORS", (*others, official.as_uri()))
     monkeypatch.setattr(data, "TIMEOUT", 0.2)
+    monkeypatch.setattr(data, "TOTAL_TIMEOUT", 0.5)
     monkeypatch.setenv("no_proxy", "*")
     assert len(data.load("cifar10", tmp_path / "data").train_images) == 100
     tried = [f"downloading {url}" for url in (*reasons, official.as_uri())]
@@ -144,7 +164,7 @@ def test_a_damaged_archive_is_refused_and_not_replaced(damage, official, tmp_pat
         content[-100] ^= 1
     path = tmp_path / data.ARCHIVE
     path.write_bytes(content)
-    with pytest.raises(RunError, match=f"{data.ARCHIVE}: these .* are not the official archive"):
+    with pytest.raises(RunError, match=f"{data.ARCHIVE}: .* not the official archive"):
         data.load("cifar10", tmp_path)
     assert path.read_bytes() == content and capsys.readouterr().err == ""
 
@@ -153,11 +173,55 @@ def test_an_archive_that_is_not_the_official_one_runs_no_code(official, tmp_path
     monkeypatch.chdir(tmp_path)
     files = {**small_files(), data.TEST_FILE: pickle.dumps(Malicious())}
     (tmp_path / data.ARCHIVE).write_bytes(archive_of(files))
-    with pytest.raises(RunError, match="are not the official archive"):
+    with pytest.raises(RunError, match="not the official archive"):
         data.load("cifar10", tmp_path)
     assert not os.path.exists("executed")
     data.read_archive(archive_of(files))
     assert os.path.exists("executed")  # it would have run
+
+
+def test_an_unpacked_archive_is_not_read(official, tmp_path, monkeypatch, capsys):
+    """As torchvision leaves it; the archive is wanted beside it, here downloaded."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / data.FOLDER
+    folder.mkdir()
+    for name in (*data.TRAIN_FILES, data.TEST_FILE, data.NAMES_FILE):
+        (tmp_path / name).write_bytes(pickle.dumps(Malicious()))
+    line = f"{folder} is not read, since pickles may run code; {data.ARCHIVE} is wanted beside it"
+    assert len(data.load("cifar10", tmp_path).train_images) == 100
+    assert capsys.readouterr().err == f"{line}\ndownloading {official.as_uri()}\n"
+    assert len(data.load("cifar10", tmp_path).train_images) == 100
+    assert capsys.readouterr().err == "" and not os.path.exists("executed")
+
+
+def test_a_device_in_the_place_of_a_file_is_refused(official, folder, tmp_path):
+    """So is a FIFO, but without the check reading one would hang."""
+    data_dir = tmp_path / "data"
+    data.load(str(folder), data_dir)
+    cache = next(data_dir.iterdir())
+    image = tmp_path / "image.png"
+    for path, load in (
+        (data_dir / data.ARCHIVE, lambda: data.load("cifar10", data_dir)),
+        (cache, lambda: data.load(str(folder), data_dir)),
+        (image, lambda: data.load_image(image)),
+    ):
+        path.unlink(missing_ok=True)
+        path.symlink_to(os.devnull)
+        with pytest.raises(UsageError, match=f"{path.name}: not a regular file"):
+            load()
+        assert path.is_symlink()
+
+
+@pytest.mark.parametrize("closed", ["at the start", "later"])
+def test_a_closed_stderr_is_no_reason_for_shapes(closed, official, tmp_path, monkeypatch):
+    """Python has no sys.stderr where it is closed at the start; writing fails where it is later."""
+    if closed == "at the start":
+        monkeypatch.setattr(sys, "stderr", None)
+        assert data.load("auto", tmp_path).name == "cifar10"
+    else:
+        monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=[OSError("closed"), 0, 0])))
+        with pytest.raises(OSError, match="closed"):
+            data.load("auto", tmp_path)
 
 
 def test_auto_without_cifar10_warns_and_continues_with_shapes(small_shapes, monkeypatch, capsys):
