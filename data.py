@@ -391,6 +391,26 @@ def find_images(folder, left_out):
     return sorted(paths, key=os.path.split)
 
 
+def image_files(paths):
+    """Return the paths of image files: for a folder, those that find_images finds in it.
+
+    `paths` is one path or a list. Raises UsageError for a folder without images.
+    """
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
+    files = []
+    left_out = []
+    for path in paths:
+        found = [path]
+        if os.path.isdir(path):
+            found = find_images(path, left_out)
+        if not found:
+            raise UsageError(f"{path}: no files with the extension of an image")
+        files += found
+    warn_left_out(left_out)
+    return files
+
+
 def warn_left_out(paths):
     """Print how many files are left out, and the first of them, unless there is none."""
     if paths:
