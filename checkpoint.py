@@ -1,10 +1,12 @@
 """Checkpoints: files with weights and all that a script needs to use them."""
 
 import io
+import os
+import zipfile
 
 import torch
 
-from cli import RunError, UsageError, atomic_write, printable, sha256
+from cli import RunError, UsageError, atomic_write, check_regular, printable, sha256
 from vit import ViT
 
 
@@ -39,7 +41,13 @@ def load_checkpoint(path, device):
 
     Raises UsageError for a file that is missing, damaged or not a checkpoint of this project.
     """
+    check_regular(path)
     try:
+        size = os.path.getsize(path)
+        with zipfile.ZipFile(path) as file:
+            unpacked = sum(member.file_size for member in file.infolist())
+        if unpacked > size:
+            raise ValueError("compressed")  # and so perhaps larger than any memory
         # weights_only allows tensors and plain containers, and refuses whatever would run code.
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -50,7 +58,7 @@ def load_checkpoint(path, device):
         raise
     except Exception:  # pickle, zip and torch raise anything for a file that is not theirs
         raise UsageError(f"{path} is not a checkpoint, or a damaged one") from None
-    reason = why_invalid(ckpt)
+    reason = why_not_plain(ckpt, size) or why_invalid(ckpt)
     if reason:
         raise UsageError(f"{path} is not a valid checkpoint of this project: {reason}")
     ckpt["class_names"] = [printable(name) for name in ckpt["class_names"]]
@@ -58,6 +66,45 @@ def load_checkpoint(path, device):
     model = ViT(**ckpt["model_config"])
     model.load_state_dict(ckpt["model"])
     return model.to(device).eval(), ckpt
+
+
+def why_not_plain(ckpt, size):
+    """Return a line about what is no plain data in the content of a file of `size` bytes, or None.
+
+    Plain are numbers, text and dense tensors, in lists, tuples and dicts. A small file may hold
+    lists that contain each other, or an expanded tensor, and stand for more than any memory has. So
+    what it holds is counted, each time it occurs, before anything is computed from it.
+    """
+    left = 2 * size  # weights that are not averaged are in a file once, and occur twice
+    stack = [(ckpt, 0)]  # values to look at, and their depth
+    while stack:
+        value, depth = stack.pop()
+        left -= 1
+        if type(value) is dict:
+            stack += [(item, depth + 1) for item in value.items()]
+        elif type(value) in (list, tuple):
+            stack += [(item, depth + 1) for item in value]
+        elif type(value) is str:
+            left -= len(value)
+        elif torch.is_tensor(value):
+            if not is_plain_tensor(value):
+                return f"it holds a tensor that is {value.dtype}, {value.layout}, {value.device}"
+            left -= value.nbytes
+        elif type(value) is int and value.bit_length() > 64:
+            return "it holds a number of more than 64 bits"
+        elif type(value) not in (int, float, bool, type(None)):
+            return f"it holds a {type(value).__name__}"
+        if depth > 10:
+            return "it holds values too deep within each other"
+        if left < 0:
+            return "it holds more than its file"
+    return None
+
+
+def is_plain_tensor(tensor):
+    """Return whether numpy, and so the sha256, can have the bits of a tensor as they are."""
+    is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return is_dense and tensor.dtype in (torch.float32, torch.float64) and not tensor.is_neg()
 
 
 TYPES = {
@@ -79,7 +126,8 @@ def why_invalid(ckpt):
     for key, type_ in TYPES.items():
         if type(ckpt.get(key)) is not type_:
             return f"{key} is missing, or no {type_.__name__}"
-    if type(ckpt["config"].get("data")) is not str:
+    config = ckpt["config"]
+    if type(config.get("data")) is not str or type(config.get("data_dir", "")) is not str:
         return "its config does not name the data"
     names = ckpt["class_names"]
     if not all(type(name) is str for name in names):

@@ -257,6 +257,12 @@ class ProgressBar:
 # --- files ---
 
 
+def check_regular(path):
+    """Raise UsageError for a FIFO or a device, which may be waited for, or read, without end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UsageError(f"{path}: not a regular file")
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path beside `path`, renamed to it at the end, removed on an error.

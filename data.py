@@ -14,8 +14,11 @@ import io
 import math
 import os
 import pickle
+import re
 import sys
 import tarfile
+import time
+import unicodedata
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +33,8 @@ from PIL import Image, ImageOps
 import plots
 from augment import Normalize, augment, epoch_plan
 from cli import Parser, ProgressBar, RunError, UsageError, add_data_arguments, atomic_write
-from cli import first_line, num_shown, printable, run_script, seed_int, sha256, writable_dir
+from cli import check_regular, first_line, num_shown, printable, run_script, seed_int, sha256
+from cli import writable_dir
 from recipes import RECIPES
 from shapes import SHAPE_NAMES, generate_shapes
 
@@ -136,9 +140,11 @@ MIRRORS = (
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 TIMEOUT = 15  # seconds without an answer from a mirror
-TRAIN_FILES = [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)]
-TEST_FILE = "cifar-10-batches-py/test_batch"
-NAMES_FILE = "cifar-10-batches-py/batches.meta"
+TOTAL_TIMEOUT = 3600  # seconds for the whole archive: 47 kB a second are enough
+FOLDER = "cifar-10-batches-py"  # in the archive
+TRAIN_FILES = [f"{FOLDER}/data_batch_{i}" for i in range(1, 6)]
+TEST_FILE = f"{FOLDER}/test_batch"
+NAMES_FILE = f"{FOLDER}/batches.meta"
 
 # Of the run to reproduce; `channel_mean_std` gives the same to three digits.
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
@@ -151,9 +157,13 @@ def load_cifar10(data_dir):
     Raises RunError if the archive cannot be had, or is another file.
     """
     path = data_dir / ARCHIVE
+    check_regular(path)
+    if not path.exists():
+        if (data_dir / FOLDER).is_dir():
+            reason = f"is not read, since pickles may run code; {ARCHIVE} is wanted beside it"
+            print(f"{printable(data_dir / FOLDER)} {reason}", file=sys.stderr)
+        download_archive(path)
     try:
-        if not path.exists():
-            download_archive(path)
         content = path.read_bytes()
         check_archive(content)
     except (OSError, ValueError) as error:
@@ -176,11 +186,17 @@ def load_cifar10(data_dir):
 
 def check_archive(content):
     """Raise ValueError unless `content`, bytes, is that of the official archive."""
-    if hashlib.sha256(content).hexdigest() != ARCHIVE_SHA256:
-        raise ValueError(
-            f"these {len(content):,} bytes are not the official archive, "
-            f"which has {ARCHIVE_BYTES:,} bytes and sha256 {ARCHIVE_SHA256}"
-        )
+    if hashlib.sha256(content).hexdigest() == ARCHIVE_SHA256:
+        return
+    if content[:100].lstrip().startswith(b"<"):
+        raise ValueError("this is HTML, not the archive")
+    if len(content) < ARCHIVE_BYTES:
+        found = f"{len(content):,} of {ARCHIVE_BYTES:,} bytes"
+        raise ValueError(f"{found}: not the official archive, or not all of it")
+    raise ValueError(
+        f"these {len(content):,} bytes are not the official archive, "
+        f"which has {ARCHIVE_BYTES:,} bytes and sha256 {ARCHIVE_SHA256}"
+    )
 
 
 def download_archive(path):
@@ -208,18 +224,25 @@ def download_archive(path):
 
 
 def download(url):
-    """Return the bytes behind a URL, at most 1 MiB more than the archive has."""
+    """Return the bytes behind a URL, at most 1 MiB more than the archive has.
+
+    Raises TimeoutError for one that takes more than TOTAL_TIMEOUT.
+    """
     content = bytearray()
+    started = time.monotonic()
     # Some hosts refuse the name under which Python asks.
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
     response = urllib.request.urlopen(request, timeout=TIMEOUT)
     with response, ProgressBar("downloading", ARCHIVE_BYTES) as progress:
         while len(content) <= ARCHIVE_BYTES:
-            part = response.read(2**20)
+            part = response.read1(2**20)  # what has arrived; read() would wait for all of it
             if not part:
                 break
             content += part
             progress.update(len(content))
+            if time.monotonic() - started > TOTAL_TIMEOUT:
+                received = f"{len(content):,} of {ARCHIVE_BYTES:,} bytes"
+                raise TimeoutError(f"timed out after {TOTAL_TIMEOUT} s, with {received}")
     return content
 
 
@@ -245,7 +268,11 @@ def join_batches(batches):
 
 # --- folders of images ---
 
-IGNORED_FILES = ("thumbs.db", "desktop.ini")  # file managers leave them in folders
+# Of these, Pillow reads those that it was built with. Files with other extensions are no images.
+IMAGE_EXTENSION = re.compile(
+    r"\.(apng|avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)$", re.I
+)
+IGNORED_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # file managers leave them in folders
 DECODER_VERSION = 3  # to be raised when `decode` changes, so that no cache holds old pixels
 MAX_PIXELS = 8192 * 8192  # a larger image is a mistake or a decompression bomb
 
@@ -253,20 +280,36 @@ MAX_PIXELS = 8192 * 8192  # a larger image is a mistake or a decompression bomb
 def load_image_folder(folder, data_dir):
     """Return the Dataset of the images in folder/train/<class>/ and folder/test/<class>/.
 
+    The images of a class are those that `find_images` finds; a line names what is left out. Instead
+    of test/ there may be val/ or valid/. Where there is none, or where the folders of the classes
+    are those in `folder` itself, a tenth of the images is held out, always the same, and a line
+    says so.
+
     Images are decoded once, as `load_image` does, and cached in data_dir. Raises UsageError for
     another layout, RunError for an image that cannot be read.
     """
-    train = list_images(folder, "train")
-    test = list_images(folder, "test")
-    if set(train) != set(test):
+    train_folder, test_folder = find_splits(folder)
+    left_out = []
+    train = list_classes(train_folder, left_out)
+    test = {}
+    if test_folder is not None:
+        test = list_classes(test_folder, left_out)
+    warn_left_out(left_out)
+    if not train:
+        raise UsageError(f"{folder} has no folder train/<class>/, nor <class>/, with images")
+    if test_folder is not None and set(train) != set(test):
         name = min(set(train) ^ set(test))
-        split = "train" if name in train else "test"
-        raise UsageError(f"{folder}: class {name!r} is in {split}/ alone")
+        present = train_folder.name
+        absent = test_folder.name
+        if name in test:
+            present, absent = absent, present
+        raise UsageError(f"{folder}: class {name!r} is in {present}/ and not in {absent}/")
 
     paths = []
     labels = []
     for split in (train, test):
-        for label, files in enumerate(split.values()):
+        for label, name in enumerate(train):
+            files = split.get(name, [])
             paths += files
             labels += [label] * len(files)
     num_train = sum(len(files) for files in train.values())
@@ -277,8 +320,8 @@ def load_image_folder(folder, data_dir):
     mean, std = channel_mean_std(images[:num_train])
     # A channel that is constant has std 0. It is divided by 1, and so becomes 0.
     std = tuple(value if value > 0 else 1.0 for value in std)
-    return Dataset(
-        name=folder.name,
+    dataset = Dataset(
+        name=f"folder {folder.name}",  # it may be called cifar10
         spec=str(folder),
         train_images=images[:num_train],
         train_labels=labels[:num_train],
@@ -288,23 +331,91 @@ def load_image_folder(folder, data_dir):
         mean=mean,
         std=std,
     )
+    if test_folder is None:
+        count = max(num_train // 10, 1)
+        held_out = f"{count:,} of its {num_train:,} images are held out, and not trained on"
+        print(f"{printable(folder)} has no test/: {held_out}")
+        dataset = train_val_split(dataset, count)
+    return dataset
 
 
-def list_images(folder, split):
-    """Return {class: paths} of the class folders in a split's folder, both sorted.
+def find_splits(folder):
+    """Return the folders of the training and of the test images in a folder of images.
 
-    Raises UsageError if there is no class folder, or no file in one.
+    The latter is None if there is none, the former the folder itself if it has the classes.
+    """
+    for name in ("test", "val", "valid"):
+        if (folder / name).is_dir():
+            return folder / "train", folder / name
+    if (folder / "train").is_dir():
+        return folder / "train", None
+    # A folder such as Training/, which has no images but folders with images, is not a class.
+    for entry in list_folder(folder):
+        if entry.is_dir() and not any(file.is_file() for file in list_folder(entry.path)):
+            raise UsageError(f"{folder} has no folder train/, and {entry.name}/ in it no images")
+    return folder, None
+
+
+def list_classes(folder, left_out):
+    """Return {class: paths of images} of the class folders in a folder, both sorted.
+
+    A name that Unicode writes in two ways (NFC, NFD) is one class. What is no folder is appended to
+    left_out. Raises UsageError for a class without images.
     """
     classes = {}
-    for entry in list_folder(folder / split):
+    for entry in list_folder(folder):
         if entry.is_dir():
-            classes[entry.name] = [file.path for file in list_folder(entry.path) if file.is_file()]
-    if not classes:
-        raise UsageError(f"{folder} has no folder {split}/<class>/ with images")
-    for name, paths in classes.items():
-        if not paths:
-            raise UsageError(f"{folder} has no images in {split}/{name}/")
+            name = unicodedata.normalize("NFC", entry.name)
+            classes[name] = classes.get(name, []) + find_images(entry.path, left_out)
+            if not classes[name]:
+                raise UsageError(f"{entry.path}/ has no files with the extension of an image")
+        else:
+            left_out.append(entry.path)
     return classes
+
+
+def find_images(folder, left_out):
+    """Return the paths of the images in a folder and in all folders within, sorted.
+
+    They are the files with an IMAGE_EXTENSION, in the order of torchvision's ImageFolder.
+    Other files, and links to nothing, are appended to left_out.
+    """
+    paths = []
+    for entry in list_folder(folder):
+        if entry.is_dir():
+            paths += find_images(entry.path, left_out)
+        elif entry.is_file() and IMAGE_EXTENSION.search(entry.name):
+            paths.append(entry.path)
+        else:
+            left_out.append(entry.path)
+    return sorted(paths, key=os.path.split)
+
+
+def image_files(paths):
+    """Return the paths of image files: for a folder, those that find_images finds in it.
+
+    `paths` is one path or a list. Raises UsageError for a folder without images.
+    """
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
+    files = []
+    left_out = []
+    for path in paths:
+        found = [path]
+        if os.path.isdir(path):
+            found = find_images(path, left_out)
+        if not found:
+            raise UsageError(f"{path}: no files with the extension of an image")
+        files += found
+    warn_left_out(left_out)
+    return files
+
+
+def warn_left_out(paths):
+    """Print how many files are left out, and the first of them, unless there is none."""
+    if paths:
+        line = "warning: files left out, which are no images or links to nothing:"
+        print(f"{line} {len(paths):,}, the first is {printable(paths[0])}", file=sys.stderr)
 
 
 def list_folder(path):
@@ -331,6 +442,7 @@ def load_decoded(paths, cache):
         stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
     fingerprint = sha256(repr((DECODER_VERSION, stats)))
 
+    check_regular(cache)
     images = read_cache(cache, fingerprint)
     if images is None or images.shape != (len(paths), 3, IMAGE_SIZE, IMAGE_SIZE):
         print(f"decoding {len(paths):,} images, once", flush=True)
@@ -399,6 +511,7 @@ def pillow_settings():
 
 def decode(path):
     """Return one image as an array uint8 (3, 32, 32), as described at `load_image`."""
+    check_regular(path)
     try:
         # Given a path, Pillow 13 maps a gray TIFF into memory and misreads one that is rotated.
         with open(path, "rb") as file, Image.open(file) as image:

@@ -2,21 +2,42 @@
 
     python evaluate.py --ckpt best.pt                   # on the dataset of its training run
     python evaluate.py --ckpt best.pt --tta shift       # also averaged over views of an image
+    python evaluate.py --ckpt best.pt --images FOLDER   # classes of your images, or cat.jpg dog.jpg
 
-Writes confusion.png and misclassified.png beside the checkpoint, or to --out.
+Writes confusion.png and misclassified.png beside the checkpoint, or to --out. Of your own images it
+prints class and probability, and writes predictions.csv where --out is given.
 """
 
 from pathlib import Path
 
-from cli import (
-    Parser,
-    add_run_data_arguments,
-    add_device_argument,
-    add_precision_argument,
-    positive_int,
-    run_script,
-)
-from cli import writable_dir
+from cli import Parser, add_device_argument, add_precision_argument, add_run_data_arguments
+from cli import num_shown, parse_before_imports, printable, run_script, writable_dir, write_csv
+
+# --- the flags ---
+
+
+def parse_args():
+    parser = Parser(description="Evaluate a checkpoint on test images.")
+    add = parser.add_argument
+    help = "best.pt or last.pt of a run"
+    add("--ckpt", type=Path, default=Path("best.pt"), metavar="FILE", help=help)
+    help = "also averaged over mirror images (flip), and over those of crops a pixel away (shift)"
+    add("--tta", default="none", choices=["none", "flip", "shift"], help=help)
+    add("--n", type=num_shown, default=20, help="misclassified images to show")
+    help = "print the classes of these images instead, files or folders; predictions.csv with --out"
+    add("--images", nargs="+", type=Path, metavar="PATH", help=help)
+    add_run_data_arguments(parser)
+    add_device_argument(parser)
+    add_precision_argument(parser)
+    add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
+    args = parser.parse_args()
+    if args.images and (args.tta != "none" or args.data or args.data_dir):
+        parser.error("--images are classified as they are (--tta), without a dataset (--data)")
+    return args
+
+
+if __name__ == "__main__":
+    parse_before_imports(parse_args)
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +45,7 @@ import torch.nn.functional as F
 import plots
 from augment import Normalize
 from checkpoint import load_checkpoint
-from data import IMAGE_SIZE, class_balanced_indices, load_for_checkpoint, load_image
+from data import IMAGE_SIZE, class_balanced_indices, decode_all, image_files, load_for_checkpoint
 from runtime import Runtime, tune_process
 
 
@@ -88,18 +109,19 @@ def matrix_text(matrix, class_names):
     return "\n".join(lines)
 
 
-def classify(ckpt, images, device="auto"):
+def classify(ckpt, images, device="auto", precision="auto"):
     """Return (class names, probabilities float32 (N, K)) of images, by a file of train.py.
 
-    `images` are paths of image files, or a tensor uint8 (N, 3, 32, 32); they are normalized here.
-    Raises UsageError for another file or device, RunError for an image that cannot be read, and
-    ValueError for another tensor.
+    `images` are the path of a file or of a folder, a list of paths, or a tensor uint8
+    (N, 3, 32, 32); they are normalized here. A folder stands for the images in it, in the order of
+    data.image_files. Raises UsageError for another file or device, RunError for an image that
+    cannot be read, and ValueError for another tensor.
     """
-    runtime = Runtime(device)
+    runtime = Runtime(device, precision)
     model, ckpt = load_checkpoint(ckpt, runtime.device)
     runtime.prepare(model)
     if not torch.is_tensor(images):
-        images = torch.stack([load_image(path) for path in images])
+        images = torch.from_numpy(decode_all(image_files(images)))
     if images.dtype != torch.uint8 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         shape = tuple(images.shape)
         raise ValueError(f"images are {images.dtype} {shape}, not uint8 (N, 3, 32, 32)")
@@ -108,28 +130,28 @@ def classify(ckpt, images, device="auto"):
     return ckpt["class_names"], logits.softmax(1)
 
 
-def parse_args():
-    parser = Parser(description="Evaluate a checkpoint on test images.")
-    add = parser.add_argument
-    add(
-        "--ckpt",
-        type=Path,
-        default=Path("best.pt"),
-        metavar="FILE",
-        help="best.pt or last.pt of a run",
-    )
-    help = "also averaged over mirror images (flip), and over those of crops a pixel away (shift)"
-    add("--tta", default="none", choices=["none", "flip", "shift"], help=help)
-    add("--n", type=positive_int, default=20, help="misclassified images to show")
-    add_run_data_arguments(parser)
-    add_device_argument(parser)
-    add_precision_argument(parser)
-    add("--out", type=Path, metavar="DIR", help="to write to (default: that of --ckpt)")
-    return parser.parse_args()
+def classify_files(args):
+    """Print the class of each of --images and its probability; with --out, as a table too."""
+    if args.out:
+        writable_dir(args.out)
+    paths = image_files(args.images)
+    names, probabilities = classify(args.ckpt, paths, args.device, args.precision)
+    probabilities, labels = probabilities.max(1)
+    rows = []
+    for path, probability, label in zip(paths, probabilities.tolist(), labels.tolist()):
+        row = {"image": printable(path), "class": names[label], "probability": probability}
+        print(f"{row['image']}: {100 * probability:.1f} % {row['class']}")
+        rows.append(row)
+    if args.out:
+        write_csv(args.out / "predictions.csv", rows)
+        print(f"saved {args.out / 'predictions.csv'}")
 
 
 def main():
     args = parse_args()
+    if args.images:
+        classify_files(args)
+        return
     runtime = Runtime(args.device, args.precision)
     tune_process(runtime.device)
     model, ckpt = load_checkpoint(args.ckpt, runtime.device)
@@ -143,6 +165,11 @@ def main():
     recipe = ckpt["config"]["recipe"]
     title = f"{args.ckpt.name} (epoch {ckpt['epoch']}, recipe {recipe}) on {dataset.name}"
     print(f"{title}, {len(labels):,} test images", flush=True)
+    if "train_state" not in ckpt:  # a best.pt
+        if ckpt["config"].get("val_split"):
+            print("its epoch was chosen by the accuracy on held-out training images")
+        else:
+            print("its epoch was chosen by the accuracy on test images, which is so too high")
 
     # Figures and report are of the images as they are; --tta adds one line.
     normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)

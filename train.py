@@ -409,6 +409,7 @@ def main():
         histories.append(run.history)
     if len(histories) > 1:
         print(summarize(histories, run.trainer.dataset.name))
+        print(f"best.pt is of seed {run.trainer.seed}, the last one")
 
 
 def new_runs(args):
@@ -449,7 +450,7 @@ def new_runs(args):
         }
         folder = None
         if runtime.ranks.rank == 0:
-            name = f"{args.recipe}-{dataset.name[:40]}-seed{seed}"
+            name = f"{args.recipe}-{dataset.name[:40]}-seed{seed}".replace(" ", "-")
             folder = make_run_dir(args.out / "runs", name)
             with atomic_write(folder / "config.json") as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -542,6 +543,15 @@ def recipe_of(config, last):
     for name, type_ in CONFIG_TYPES.items():
         if name not in config or not isinstance(config[name], type_):
             raise UsageError(f"{last}: its config has no valid {name}")
+    is_valid = {
+        "seed": 0 <= config["seed"] < 2**63,
+        "val_split": config["val_split"] is None or config["val_split"] >= 1,
+        "kernels": config["kernels"] in ("auto", "triton", "torch"),
+        "precision": config["precision"] in ("fp32", "bf16"),
+    }
+    for name, valid in is_valid.items():
+        if not valid:
+            raise UsageError(f"{last}: its config has no valid {name}")
     fields = {field.name for field in dataclasses.fields(Recipe)}
     if config["settings"].keys() != fields:
         raise UsageError(f"{last}: its settings are not those of recipes.Recipe")
@@ -563,6 +573,14 @@ def why_state_does_not_fit(ckpt, trainer):
         return "its history does not have a row for each epoch"
     if not 1 <= len(history) <= trainer.recipe.epochs:
         return f"it has {len(history)} epochs of {trainer.recipe.epochs}"
+    split = "val" if ckpt["config"]["val_split"] else "test"
+    names = ["epoch", "lr", "momentum", "train_loss", "train_accuracy"]
+    names += [f"{split}_loss", f"{split}_accuracy", "seconds"]
+    for row in history:
+        if type(row) is not dict or list(row) != names:
+            return f"a row of its history does not have {', '.join(names)}"
+        if not all(type(value) in (int, float) for value in row.values()):
+            return "a row of its history has values that are no numbers"
     return None
 
 

@@ -1,7 +1,9 @@
 """Checkpoints: what is saved comes back; damaged, hostile and wrong files are refused in a line."""
 
 import math
+import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,11 +68,72 @@ def test_a_checkpoint_with_code_does_not_run_it(good, tmp_path, monkeypatch, fai
     assert Path("executed").exists()  # it would have run
 
 
+def contained(value, times, depth):
+    """A list of `times` the same list, and so on, around a value."""
+    for _ in range(depth):
+        value = [value] * times
+    return value
+
+
+CIRCLE = []
+CIRCLE.append(CIRCLE)
+HOSTILE = {  # a value of a config, and a part of the line
+    "nested": (contained(1, 2, 20), "too deep within each other"),
+    "circle": (CIRCLE, "too deep within each other"),
+    "shared": (contained(1, 100, 3), "more than its file"),
+    "long text": (contained("x" * 1000, 1000, 1), "more than its file"),
+    "expanded": (torch.zeros(1).expand(10**6), "more than its file"),
+    "many views": (contained(torch.zeros(1000), 1000, 1), "more than its file"),
+    "sparse": (torch.eye(3).to_sparse(), "torch.sparse_coo"),
+    "bf16": (torch.zeros(1, dtype=torch.bfloat16), "torch.bfloat16"),
+    "meta": (torch.zeros(10**9, device="meta"), "meta"),
+    "negated": (torch.tensor([1j]).conj().imag, "a tensor that is"),
+    "set": ({1, 2}, "it holds a set"),
+    "number": (2**100, "more than 64 bits"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_stands_for_more_than_it_has_is_refused(name, good, tmp_path):
+    """It is before its sha256, which would take its time and memory, is compared."""
+    value, message = HOSTILE[name]
+    ckpt = torch.load(good, weights_only=True)
+    ckpt["config"]["x"] = value
+    torch.save(ckpt, tmp_path / "hostile.pt")
+    with pytest.raises(UsageError, match=f"is not a valid checkpoint .*{message}") as error:
+        load_checkpoint(tmp_path / "hostile.pt", "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["compressed", "legacy"])
+def test_a_file_whose_content_is_larger_is_not_loaded(kind, good, tmp_path):
+    """torch.load would unpack a compressed one, and believe the sizes in a legacy one."""
+    path = tmp_path / "other.pt"
+    if kind == "legacy":
+        ckpt = torch.load(good, weights_only=True)
+        torch.save(ckpt, path, _use_new_zipfile_serialization=False)
+    else:
+        with zipfile.ZipFile(good) as file, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as to:
+            for name in file.namelist():
+                to.writestr(name, file.read(name))
+    torch.load(path, weights_only=True)
+    with pytest.raises(UsageError, match="is not a checkpoint, or a damaged one"):
+        load_checkpoint(path, "cpu")
+
+
+def test_a_device_is_no_checkpoint(tmp_path):
+    """Nor is a FIFO, but without the check reading one would hang."""
+    (tmp_path / "best.pt").symlink_to(os.devnull)
+    with pytest.raises(UsageError, match="best.pt: not a regular file"):
+        load_checkpoint(tmp_path / "best.pt", "cpu")
+
+
 INVALID = [  # path and value; None deletes it
     (("config",), None),
     (("config",), []),
     (("config", "data"), 5),
     (("config", "data"), None),
+    (("config", "data_dir"), 5),
     (("class_names",), ["a"] * 11),
     (("class_names",), list(range(10))),
     (("class_names",), 7),

@@ -1,15 +1,19 @@
 """Datasets: the CIFAR-10 archive, folders of images, shapes, statistics, splits, the script."""
 
+import contextlib
 import hashlib
 import io
 import os
 import pickle
 import pickletools
+import shutil
 import socket
 import struct
 import sys
 import tarfile
+import threading
 import time
+import unicodedata
 import warnings
 from unittest.mock import Mock
 
@@ -100,23 +104,41 @@ def test_the_archive_is_downloaded_once_and_read(official, tmp_path, capsys):
     assert os.listdir(data_dir) == [data.ARCHIVE]
 
 
+def answer_slowly(server):
+    """Answer each request with 20 bytes, one in a tenth of a second."""
+    while True:
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):  # the reader has gone
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+            for _ in range(20):
+                connection.sendall(b"x")
+                time.sleep(0.1)
+
+
 def test_mirrors_are_tried_in_turn(official, tmp_path, monkeypatch, capsys):
     silent = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
+    slow = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=answer_slowly, args=(slow,), daemon=True).start()
     wrong = tmp_path / "wrong.tar.gz"
-    wrong.write_bytes(b"<html>")
+    wrong.write_bytes(b"\n <!DOCTYPE html>")
+    short = tmp_path / "short.tar.gz"
+    short.write_bytes(official.read_bytes()[:1234])
     reasons = {
         "file:///no/such/file": "No such file",
         "http://127.0.0.1:9/x": "refused",
         "nonsense": "unknown url type",
         "http://a b/": "control characters",
         f"http://127.0.0.1:{silent.getsockname()[1]}/": "timed out",
-        wrong.as_uri(): "these 6 bytes are not the official archive",
+        f"http://127.0.0.1:{slow.getsockname()[1]}/": "timed out after 0.5 s, with ",
+        wrong.as_uri(): "this is HTML, not the archive",
+        short.as_uri(): f"1,234 of {data.ARCHIVE_BYTES:,} bytes: not the official archive, or not",
         "file:///dev/zero": "these 1,048,576 bytes are not",  # without an end
     }
     first, *others = reasons
     monkeypatch.setenv("CIFAR10_URL", first)
     monkeypatch.setattr(data, "MIRRORS", (*others, official.as_uri()))
     monkeypatch.setattr(data, "TIMEOUT", 0.2)
+    monkeypatch.setattr(data, "TOTAL_TIMEOUT", 0.5)
     monkeypatch.setenv("no_proxy", "*")
     assert len(data.load("cifar10", tmp_path / "data").train_images) == 100
     tried = [f"downloading {url}" for url in (*reasons, official.as_uri())]
@@ -142,7 +164,7 @@ def test_a_damaged_archive_is_refused_and_not_replaced(damage, official, tmp_pat
         content[-100] ^= 1
     path = tmp_path / data.ARCHIVE
     path.write_bytes(content)
-    with pytest.raises(RunError, match=f"{data.ARCHIVE}: these .* are not the official archive"):
+    with pytest.raises(RunError, match=f"{data.ARCHIVE}: .* not the official archive"):
         data.load("cifar10", tmp_path)
     assert path.read_bytes() == content and capsys.readouterr().err == ""
 
@@ -151,11 +173,55 @@ def test_an_archive_that_is_not_the_official_one_runs_no_code(official, tmp_path
     monkeypatch.chdir(tmp_path)
     files = {**small_files(), data.TEST_FILE: pickle.dumps(Malicious())}
     (tmp_path / data.ARCHIVE).write_bytes(archive_of(files))
-    with pytest.raises(RunError, match="are not the official archive"):
+    with pytest.raises(RunError, match="not the official archive"):
         data.load("cifar10", tmp_path)
     assert not os.path.exists("executed")
     data.read_archive(archive_of(files))
     assert os.path.exists("executed")  # it would have run
+
+
+def test_an_unpacked_archive_is_not_read(official, tmp_path, monkeypatch, capsys):
+    """As torchvision leaves it; the archive is wanted beside it, here downloaded."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / data.FOLDER
+    folder.mkdir()
+    for name in (*data.TRAIN_FILES, data.TEST_FILE, data.NAMES_FILE):
+        (tmp_path / name).write_bytes(pickle.dumps(Malicious()))
+    line = f"{folder} is not read, since pickles may run code; {data.ARCHIVE} is wanted beside it"
+    assert len(data.load("cifar10", tmp_path).train_images) == 100
+    assert capsys.readouterr().err == f"{line}\ndownloading {official.as_uri()}\n"
+    assert len(data.load("cifar10", tmp_path).train_images) == 100
+    assert capsys.readouterr().err == "" and not os.path.exists("executed")
+
+
+def test_a_device_in_the_place_of_a_file_is_refused(official, folder, tmp_path):
+    """So is a FIFO, but without the check reading one would hang."""
+    data_dir = tmp_path / "data"
+    data.load(str(folder), data_dir)
+    cache = next(data_dir.iterdir())
+    image = tmp_path / "image.png"
+    for path, load in (
+        (data_dir / data.ARCHIVE, lambda: data.load("cifar10", data_dir)),
+        (cache, lambda: data.load(str(folder), data_dir)),
+        (image, lambda: data.load_image(image)),
+    ):
+        path.unlink(missing_ok=True)
+        path.symlink_to(os.devnull)
+        with pytest.raises(UsageError, match=f"{path.name}: not a regular file"):
+            load()
+        assert path.is_symlink()
+
+
+@pytest.mark.parametrize("closed", ["at the start", "later"])
+def test_a_closed_stderr_is_no_reason_for_shapes(closed, official, tmp_path, monkeypatch):
+    """Python has no sys.stderr where it is closed at the start; writing fails where it is later."""
+    if closed == "at the start":
+        monkeypatch.setattr(sys, "stderr", None)
+        assert data.load("auto", tmp_path).name == "cifar10"
+    else:
+        monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=[OSError("closed"), 0, 0])))
+        with pytest.raises(OSError, match="closed"):
+            data.load("auto", tmp_path)
 
 
 def test_auto_without_cifar10_warns_and_continues_with_shapes(small_shapes, monkeypatch, capsys):
@@ -178,7 +244,8 @@ def folder(tmp_path):
     """A folder of two classes, of 3 training images each and 3 and 2 for test, and other files."""
     root = write_images(tmp_path / "images", 6, 4)
     Image.open(root / "test/cat/0.png").resize((50, 40)).save(root / "test/cat/2.bmp")
-    for path in ("x", ".hidden", "train/note.txt", "train/dog/.hidden", "train/dog/Thumbs.db"):
+    (root / "train/__MACOSX").mkdir()
+    for path in ("x", ".hidden", "train/__MACOSX/x", "train/dog/.hidden", "train/dog/Thumbs.db"):
         (root / path).write_bytes(b"no image")
     (root / "train/dog/folder").mkdir()
     return root
@@ -188,7 +255,7 @@ def test_a_folder_is_decoded_in_order(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images = data.load("images", "data")
     assert capsys.readouterr().out == "decoding 11 images, once\n"
-    assert (images.name, images.spec) == ("images", str(folder))
+    assert (images.name, images.spec) == ("folder images", str(folder))
     assert images.class_names == ("cat", "dog")
     assert images.train_images.shape == (6, 3, 32, 32)
     assert images.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -271,17 +338,88 @@ def test_without_a_cache_images_are_decoded_every_time(folder, capsys):
         assert output.err.startswith("warning: no cache of the decoded images")
 
 
+def test_folders_within_a_class_are_read_and_other_files_named(folder, tmp_path, capsys):
+    """In the order of torchvision's ImageFolder, which sorts whole paths of folders."""
+    dog = folder / "train/dog"
+    expected = data.load(str(folder), tmp_path / "data").train_images
+    (dog / "a/b").mkdir(parents=True)
+    (dog / "a-b").mkdir()
+    (dog / "0.png").rename(dog / "a/b/x.PNG")
+    (dog / "1.png").rename(dog / "a-b/y.png")
+    capsys.readouterr()
+    images = data.load(str(folder), tmp_path / "data")
+    order = [0, 1, 2, 5, 4, 3]  # dog/2.png, dog/a-b/y.png, dog/a/b/x.PNG
+    assert torch.equal(images.train_images, expected[order])
+    assert capsys.readouterr().err == ""
+
+    (dog / "9.png").symlink_to("nowhere")
+    (dog / "a/labels.csv").write_text("no image")
+    (folder / "test/beside.png").write_text("no image")
+    os.mkfifo(dog / "pipe.png")
+    again = data.load(str(folder), tmp_path / "data")
+    assert again.fingerprint() == images.fingerprint()
+    line = f"no images or links to nothing: 4, the first is {dog / '9.png'}\n"
+    assert capsys.readouterr().err == f"warning: files left out, which are {line}"
+
+
+def test_a_link_in_a_circle_is_an_error(folder, tmp_path):
+    (folder / "train/dog/loop").symlink_to(folder / "train/dog")
+    with pytest.raises(OSError, match="symbolic links"):
+        data.load(str(folder), tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_val_is_in_the_place_of_test(name, folder, tmp_path, capsys):
+    expected = data.load(str(folder), tmp_path / "data").fingerprint()
+    (folder / "test").rename(folder / name)
+    assert data.load(str(folder), tmp_path / "data").fingerprint() == expected
+    assert "held out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["train/ alone", "classes"])
+def test_without_a_test_folder_a_tenth_is_held_out(layout, tmp_path, capsys):
+    root = write_images(tmp_path / "images", 40, 2)
+    whole = data.load(str(root), tmp_path / "data")
+    shutil.rmtree(root / "test")
+    if layout == "classes":
+        root = (root / "train").rename(tmp_path / "classes")
+    capsys.readouterr()
+    images = data.load(str(root), tmp_path / "data")
+    held_out = "4 of its 40 images are held out, and not trained on\n"
+    assert capsys.readouterr().out.endswith(f"{root} has no test/: {held_out}")
+    expected = data.train_val_split(whole, 4)
+    assert torch.equal(images.train_images, expected.train_images)
+    assert torch.equal(images.test_images, expected.test_images)
+    assert torch.equal(images.test_labels, expected.test_labels)
+    assert images.class_names == ("cat", "dog") and images.name == f"folder {root.name}-val4"
+
+
+def test_the_forms_of_a_name_in_unicode_are_one_class(folder, tmp_path):
+    expected = data.load(str(folder), tmp_path / "data")
+    for split, form in (("train", "NFD"), ("test", "NFC")):
+        (folder / split / "cat").rename(folder / split / unicodedata.normalize(form, "caf\u00e9"))
+    images = data.load(str(folder), tmp_path / "data")
+    assert images.class_names == ("caf\u00e9", "dog")
+    assert torch.equal(images.test_images, expected.test_images)
+    assert torch.equal(images.test_labels, expected.test_labels)
+
+
 def test_another_layout_is_a_usage_error(folder, tmp_path):
     def check(message):
         with pytest.raises(UsageError, match=message):
             data.load(str(folder), tmp_path / "data")
 
     (folder / "train/owl").mkdir()
-    check("images has no images in train/owl/")
     (folder / "train/owl/x").touch()
-    check("images: class 'owl' is in train/ alone")
-    (folder / "test").rename(folder / "validation")
-    check("images has no folder test/<class>/ with images")
+    check("train/owl/ has no files with the extension of an image")
+    (folder / "train/owl/x").rename(folder / "train/owl/x.png")
+    check("images: class 'owl' is in train/ and not in test/")
+    (folder / "train/owl").rename(folder / "test/owl")
+    check("images: class 'owl' is in test/ and not in train/")
+    (folder / "train").rename(folder / "Training")
+    check("images has no folder train/<class>/, nor <class>/, with images")
+    (folder / "test").rename(folder / "Testing")  # these are no classes
+    check("images has no folder train/, and Testing/ in it no images")
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
@@ -292,7 +430,7 @@ def test_names_are_escaped(folder, tmp_path):
     folder = folder.rename(tmp_path / name)
     images = data.load(str(folder), tmp_path / "data")
     assert images.class_names == ("dog", r"\udcff\x1b[31m")
-    assert (images.name, images.spec) == (r"\udcff\x1b[31m", str(folder))
+    assert (images.name, images.spec) == (r"folder \udcff\x1b[31m", str(folder))
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 import evaluate
 import plots
 from augment import Normalize
+from cli import read_csv
 from data import load_for_checkpoint
 from evaluate import classification_report, confusion_matrix, matrix_text
 from optim import OneCycle
@@ -143,9 +144,48 @@ def test_classify(small, tmp_path):
     assert names == list(small.class_names)
     assert torch.allclose(from_file, expected, atol=1e-2)  # bf16 on some processors
     assert torch.allclose(from_tensor, from_file, atol=1e-4)
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png"), tmp_path):  # one file, or a folder
+        _, from_path = evaluate.classify(ckpt, path)
+        assert torch.equal(from_path, from_file)
     for wrong in (image[None].float(), image[None, :, 1:]):
         with pytest.raises(ValueError, match="not uint8"):
             evaluate.classify(ckpt, wrong)
+
+
+def test_the_script_classifies_files_and_folders(small, tmp_path, succeeds, invoke, fails):
+    """One line an image, in the order given; predictions.csv has the same where --out is given."""
+    ckpt = save_small_checkpoint(tmp_path / "best.pt", small)
+    folder = tmp_path / "caf\u00e9"
+    (folder / "within").mkdir(parents=True)
+    paths = [tmp_path / "z.png", folder / "b.png", folder / "within" / "a.png"]
+    for path, image in zip(paths, small.test_images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    names, probabilities = evaluate.classify(ckpt, small.test_images[:3], precision="fp32")
+    _, rounded = evaluate.classify(ckpt, small.test_images[:3], precision="bf16")
+    assert not torch.equal(rounded, probabilities)
+    probabilities, labels = probabilities.max(1)
+
+    args = ["--ckpt", ckpt, "--precision", "fp32", "--images", paths[0], folder]
+    out = succeeds(evaluate, [*args, "--out", tmp_path / "out"])
+    table = tmp_path / "out" / "predictions.csv"
+    lines = []
+    rows = read_csv(table)
+    assert len(rows) == 3
+    for path, label, probability, row in zip(paths, labels, probabilities, rows):
+        lines.append(f"{path}: {100 * probability:.1f} % {names[label]}\n")
+        assert (row["image"], row["class"]) == (str(path), names[label])
+        assert float(row["probability"]) == pytest.approx(probability.item(), rel=1e-4)
+    assert out == f"{''.join(lines)}saved {table}\n"
+    assert succeeds(evaluate, args) == "".join(lines)
+
+    (folder / "note.txt").touch()
+    status, out, err = invoke(evaluate, args)
+    assert (status, out) == (0, "".join(lines))
+    assert err.endswith(f"nothing: 1, the first is {folder / 'note.txt'}\n")
+    assert "out: no files with the extension" in fails(evaluate, ["--images", tmp_path / "out"])
+    assert "cannot be read" in fails(evaluate, ["--ckpt", ckpt, "--images", "no.png"], status=1)
+    for flags in (["--tta", "flip"], ["--data", "shapes"], ["--data-dir", "x"]):
+        assert "--images are classified as they are" in fails(evaluate, [*args, *flags])
 
 
 def test_a_channel_that_is_constant_gives_no_nan(tmp_path):

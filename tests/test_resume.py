@@ -245,7 +245,12 @@ INVALID_STATES = [  # path and value, None deletes it; a part of the line
     (("config", "settings", "batch_size"), None, "its settings are not those"),
     (("config", "settings", "no_such"), 1, "its settings are not those"),
     (("config", "seed"), "x", "no valid seed"),
+    (("config", "seed"), -1, "no valid seed"),
+    (("config", "seed"), 2**63, "no valid seed"),
     (("config", "val_split"), "x", "no valid val_split"),
+    (("config", "val_split"), -1, "no valid val_split"),
+    (("config", "kernels"), "x", "no valid kernels"),
+    (("config", "precision"), "fp16", "no valid precision"),
     (("config", "data_sha256"), "0" * 64, "other images"),
     (("train_state", "weights"), None, "weights: "),
     (("train_state", "weights", "cls_token"), torch.zeros(2), "weights: cls_token"),
@@ -254,6 +259,10 @@ INVALID_STATES = [  # path and value, None deletes it; a part of the line
     (("train_state", "exp_avg_sq", "cls_token"), None, "the names of its tensors"),
     (("train_state", "history"), [], "its history does not have a row for each epoch"),
     (("epoch",), 1, "its history does not have a row for each epoch"),
+    (("train_state", "history", 0), 3, "a row of its history does not have epoch, lr"),
+    (("train_state", "history", 1, "lr"), None, "a row of its history does not have epoch, lr"),
+    (("train_state", "history", 1, "x"), 1.0, "a row of its history does not have epoch, lr"),
+    (("train_state", "history", 1, "lr"), "x", "has values that are no numbers"),
 ]
 
 

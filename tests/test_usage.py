@@ -72,7 +72,7 @@ def test_a_wrong_command_is_one_line(command, tmp_path, small_shapes, monkeypatc
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("module", [train, lr_range, gradcam])
+@pytest.mark.parametrize("module", [train, lr_range, gradcam, evaluate])
 def test_flags_are_parsed_before_torch_is_imported(module, tmp_path):
     """A wrong one does not wait for it; a right one is followed by a line that says so."""
     (tmp_path / "torch.py").write_text("raise SystemExit(7)")
