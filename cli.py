@@ -141,8 +141,9 @@ seed_int = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 
 
 def add_data_arguments(parser):
     """Add --data and --data-dir, the arguments of data.load."""
-    data_help = "cifar10, shapes, auto (cifar10 if it can be had, else shapes), or a folder with"
-    data_help += " images in train/<class>/ and test/<class>/"
+    data_help = "cifar10, cifar10-jpeg (saved as JPEG and read again), shapes (generated), auto"
+    data_help += " (cifar10 if it can be had, else shapes), or a folder with images in"
+    data_help += " train/<class>/ and test/<class>/"
     dir_help = "where the archive and decoded folders are kept"
     parser.add_argument("--data", default="auto", metavar="SPEC", help=data_help)
     parser.add_argument("--data-dir", default="./data", metavar="DIR", help=dir_help)

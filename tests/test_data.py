@@ -36,7 +36,7 @@ def batch(seed):
     """Return the content of a file of the archive: 20 images and their labels."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (20, 3072), np.uint8)
-    return {b"data": images, b"labels": rng.integers(0, 10, 20).tolist()}
+    return {b"data": images, b"labels": (rng.permutation(20) % 10).tolist()}
 
 
 def small_files():
@@ -78,6 +78,7 @@ def official(tmp_path, monkeypatch):
     path.write_bytes(content)
     monkeypatch.setattr(data, "ARCHIVE_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(data, "ARCHIVE_BYTES", len(content))
+    monkeypatch.setattr(data, "NUM_IMAGES", 120)
     monkeypatch.setattr(data, "MIRRORS", (path.as_uri(),))
     monkeypatch.delenv("CIFAR10_URL", raising=False)
     return path
@@ -100,8 +101,35 @@ def test_the_archive_is_downloaded_once_and_read(official, tmp_path, capsys):
     official.unlink()
     again = data.load("cifar10", data_dir)
     assert again.fingerprint() == cifar10.fingerprint()
-    assert capsys.readouterr().err == f"downloading {official.as_uri()}\n"
-    assert os.listdir(data_dir) == [data.ARCHIVE]
+    out, err = capsys.readouterr()
+    assert (out, err) == ("decoding 120 images, once\n", f"downloading {official.as_uri()}\n")
+    assert sorted(os.listdir(data_dir)) == [data.ARCHIVE, "cifar10.npz"]
+
+    # Another archive has another cache.
+    (data_dir / data.ARCHIVE).write_bytes(b"no archive")
+    with pytest.raises(RunError, match="not the official archive"):
+        data.load("cifar10", data_dir)
+
+
+def test_jpeg_copies_are_those_of_a_folder_of_jpeg_files(official, tmp_path):
+    """Pixels, mean and std; a folder has another order."""
+    cifar10 = data.load("cifar10", tmp_path / "data")
+    copies = data.load("cifar10-jpeg", tmp_path / "data")
+    for split in ("train", "test"):
+        images = getattr(cifar10, f"{split}_images").permute(0, 2, 3, 1).numpy()
+        for i, label in enumerate(getattr(cifar10, f"{split}_labels").tolist()):
+            path = tmp_path / "folder" / split / str(label) / f"{i:03}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i]).save(path, quality=75)
+    folder = data.load(str(tmp_path / "folder"), tmp_path / "data")
+    assert torch.equal(copies.train_labels, cifar10.train_labels)
+    for split in ("train", "test"):
+        order = getattr(copies, f"{split}_labels").argsort(stable=True)
+        ordered = getattr(copies, f"{split}_images")[order]
+        assert torch.equal(ordered, getattr(folder, f"{split}_images"))
+    assert not torch.equal(copies.train_images, cifar10.train_images)
+    assert (copies.mean, copies.std) == (folder.mean, folder.std)
+    assert (copies.name, copies.spec) == ("cifar10-jpeg", "cifar10-jpeg")
 
 
 def answer_slowly(server):
@@ -176,7 +204,8 @@ def test_an_archive_that_is_not_the_official_one_runs_no_code(official, tmp_path
     with pytest.raises(RunError, match="not the official archive"):
         data.load("cifar10", tmp_path)
     assert not os.path.exists("executed")
-    data.read_archive(archive_of(files))
+    with pytest.raises(TypeError):
+        data.read_archive(archive_of(files))
     assert os.path.exists("executed")  # it would have run
 
 
@@ -225,7 +254,7 @@ def test_a_closed_stderr_is_no_reason_for_shapes(closed, official, tmp_path, mon
 
 
 def test_auto_without_cifar10_warns_and_continues_with_shapes(small_shapes, monkeypatch, capsys):
-    def fail(data_dir):
+    def fail(data_dir, as_jpeg):
         raise RunError("no network")
 
     monkeypatch.setattr(data, "load_cifar10", fail)
