@@ -13,16 +13,22 @@ import subprocess
 import sys
 
 import torch
+from torch import nn
 from triton.errors import TritonError
 
 from augment import augment
 from cli import RunError, UsageError, first_line
 from kernels import attention, head, mlp, muon, stem, update
 from kernels.functions import INTERPRETED, NUM_HPARAMS, Target, split
+from kernels.matmul_stem import MatmulStem
 from kernels.self_test import self_test
-from optim import COEFFICIENTS, average_weight, build_optimizers
+from optim import COEFFICIENTS, AdamW, Muon, average_weight, build_optimizers
+from vit import MLP, Attention, Block, Conv1x1, ScaledDotProductAttention, Stem, ViT
 
 AUGMENT_BATCH = 5000  # images, which bounds the memory that augmentation takes for a moment
+# The modules that the kernels compute together.
+MODULES = (ViT, Stem, MatmulStem, Block, Attention, ScaledDotProductAttention, MLP, Conv1x1)
+MODULES += (nn.Conv2d, nn.GELU, nn.LayerNorm, nn.Linear, nn.ModuleList)
 MAX_CLASSES = 256  # the kernel of the head keeps its whole matrix on chip
 # What compiling and running kernels raises: Triton, its C compiler, its cache, CUDA, no memory.
 KERNEL_ERRORS = (TritonError, subprocess.CalledProcessError, OSError, RuntimeError)
@@ -36,10 +42,8 @@ def checked_step(trainer):
     """
     runtime = trainer.runtime
     step = None
-    reason = None
-    if trainer.dataset.num_classes > MAX_CLASSES:
-        reason = f"{trainer.dataset.num_classes} classes are more than {MAX_CLASSES}"
-    else:
+    reason = why_not_implemented(trainer.model, trainer.recipe)
+    if reason is None:
         try:
             step = FusedStep(trainer)
             reason = test_once(step, runtime)
@@ -58,6 +62,27 @@ def checked_step(trainer):
     if runtime.kernels == "triton":
         raise UsageError(f"--kernels triton: {reason}")
     print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
+    return None
+
+
+def why_not_implemented(model, recipe):
+    """Return a line about what of a network and its optimizers the kernels do not compute, or None.
+
+    It is for whoever changes vit.py or optim.py: the kernels would train what stood there before.
+    """
+    for module in model.modules():
+        if type(module) not in MODULES:
+            return f"they do not know the module {type(module).__name__}"
+    for optimizer in build_optimizers(recipe, model):
+        if type(optimizer) not in (AdamW, Muon):
+            return f"they do not know the optimizer {type(optimizer).__name__}"
+    num_classes = model.config["num_classes"]
+    if num_classes > MAX_CLASSES:
+        return f"{num_classes} classes are more than {MAX_CLASSES}"
+    for name in ("image_size", "patch_size", "channels", "dim", "dim_head", "mlp_dim"):
+        size = model.config[name]
+        if size & (size - 1):
+            return f"{name} is {size}, not a power of two"
     return None
 
 

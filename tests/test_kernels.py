@@ -26,7 +26,7 @@ from kernels.attention import FusedAttention
 from kernels.self_test import reference_gradient, relative_error
 from recipes import RECIPES
 from runtime import supports_bf16_matmul
-from vit import Attention
+from vit import Attention, ViT
 
 DEVICE = torch.device(DEVICE)
 HAS_BF16 = DEVICE.type == "cpu" or supports_bf16_matmul(DEVICE)  # the interpreter always has
@@ -298,8 +298,29 @@ def test_checked_step(monkeypatch, capsys):
     assert fused is not None and line == ""
 
 
-def test_many_classes_are_left_to_pytorch(capsys):
+def other_optimizers(recipe, model):
+    return [torch.optim.SGD(model.parameters())]
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    {
+        "dropout": "they do not know the module Dropout",
+        "optimizer": "they do not know the optimizer SGD",
+        "classes": "300 classes are more than 256",
+        "width": "dim is 48, not a power of two",
+    }.items(),
+)
+def test_what_the_kernels_do_not_implement_is_left_to_pytorch(change, line, monkeypatch, capsys):
     trainer = make_trainer(noise_dataset(2), small_recipe(batch_size=2), device=DEVICE.type)
-    trainer.dataset = dataclasses.replace(trainer.dataset, class_names=("a",) * 300)
+    assert step.why_not_implemented(trainer.model, trainer.recipe) is None
+    if change == "dropout":
+        trainer.model.blocks[0].mlp.gelu = torch.nn.Dropout()
+    elif change == "optimizer":
+        monkeypatch.setattr(step, "build_optimizers", other_optimizers)
+    elif change == "classes":
+        trainer.model = ViT(num_classes=300)
+    else:
+        trainer.model = ViT(dim=48)
     assert step.checked_step(trainer) is None
-    assert "300 classes are more than 256" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"kernels: {line}; the network runs in plain PyTorch\n"
