@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import ROOT
@@ -102,6 +103,31 @@ def test_a_broken_environment_of_torchrun_is_one_line(rank, size, monkeypatch, f
         monkeypatch.setenv("WORLD_SIZE", size)
     line = fails(train, ["--data", "shapes", "--device", "cpu"])
     assert "RANK, WORLD_SIZE and the like are not as torchrun sets them" in line
+
+
+IMPORTS = """
+import os, signal, sys
+before = sys.excepthook, sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), dict(os.environ)
+import bench, checkpoint, data, evaluate, gradcam, lr_range, train, vit
+after = sys.excepthook, sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), dict(os.environ)
+assert before == after
+"""
+
+
+def test_an_import_changes_nothing_of_the_process():
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_training_runs_in_a_thread(tiny_shapes, tmp_path, monkeypatch):
+    args = ["--data", "shapes", "--epochs", "1", "--batch-size", "20", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    thread = threading.Thread(target=train.main)
+    thread.start()
+    thread.join()
+    assert (tmp_path / "best.pt").exists()
 
 
 def test_a_progress_bar_fits_the_terminal(monkeypatch, capsys):
