@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,8 @@ def run_script(main):
     bug: a traceback.
     """
     name = os.path.basename(sys.argv[0])
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by parse_before_imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         if sys.stdout is not None:
@@ -98,7 +101,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         # argparse drops a value of two dashes, and leaves the flag with an empty list.
-        for arg in sys.argv[1:]:
+        for arg in sys.argv[1:] if args is None else args:
             if arg.startswith("--") and arg.endswith("=--"):
                 self.error(f"{arg[:-3]} has no value")
         return super().parse_args(args, namespace)
@@ -108,11 +111,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_before_imports(parse_args):
-    """Parse the flags of a script whose imports take seconds: a wrong one need not wait for them.
+    """Check the flags before the slow imports, and print "importing torch" on rank 0.
 
-    The line tells the user what is going on. Of several ranks, rank 0 writes it.
+    Until run_script, Ctrl-C ends the process at once, without a traceback of the imports.
     """
     parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.get("RANK", "0") == "0":
         print("importing torch", flush=True)
 
@@ -150,7 +155,7 @@ def add_data_arguments(parser):
 
 
 def add_run_data_arguments(parser):
-    """Add --data and --data-dir, for a script that has the data of a training run otherwise."""
+    """Add --data and --data-dir, whose default None means those of the checkpoint's run."""
     add_data_arguments(parser)
     parser.set_defaults(data=None, data_dir=None)
 

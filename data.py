@@ -114,7 +114,10 @@ def load_for_checkpoint(ckpt, spec, data_dir, device):
     Raises UsageError if its classes are not those of the checkpoint; warns if images have changed.
     """
     config = ckpt["config"]
-    data_dir = data_dir or config.get("data_dir", "./data")
+    if data_dir is None:
+        data_dir = config.get("data_dir", "./data")
+        if not os.path.isdir(data_dir):  # the checkpoint is from another machine
+            data_dir = "./data"
     dataset = load(spec or config["data"], data_dir, device)
     trained = tuple(ckpt["class_names"])
     loaded = dataset.class_names
@@ -142,10 +145,10 @@ MIRRORS = (
 )
 TIMEOUT = 15  # seconds without an answer from a mirror
 TOTAL_TIMEOUT = 3600  # seconds for the whole archive: 47 kB a second are enough
-FOLDER = "cifar-10-batches-py"  # in the archive
-TRAIN_FILES = [f"{FOLDER}/data_batch_{i}" for i in range(1, 6)]
-TEST_FILE = f"{FOLDER}/test_batch"
-NAMES_FILE = f"{FOLDER}/batches.meta"
+ARCHIVE_FOLDER = "cifar-10-batches-py"
+TRAIN_FILES = [f"{ARCHIVE_FOLDER}/data_batch_{i}" for i in range(1, 6)]
+TEST_FILE = f"{ARCHIVE_FOLDER}/test_batch"
+NAMES_FILE = f"{ARCHIVE_FOLDER}/batches.meta"
 
 # Of the run to reproduce; `channel_mean_std` gives the same to three digits.
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
@@ -161,9 +164,9 @@ def load_cifar10(data_dir, as_jpeg=False):
     path = data_dir / ARCHIVE
     check_regular(path)
     if not path.exists():
-        if (data_dir / FOLDER).is_dir():
+        if (data_dir / ARCHIVE_FOLDER).is_dir():
             reason = f"is not read, since pickles may run code; {ARCHIVE} is wanted beside it"
-            print(f"{printable(data_dir / FOLDER)} {reason}", file=sys.stderr)
+            print(f"{printable(data_dir / ARCHIVE_FOLDER)} {reason}", file=sys.stderr)
         download_archive(path)
 
     def read():
@@ -209,6 +212,7 @@ def download_archive(path):
 
     Raises RunError that names all mirrors, and what is wrong with each, if none has it.
     """
+    writable_dir(path.parent, "--data-dir")
     urls = list(MIRRORS)
     if os.environ.get("CIFAR10_URL"):
         urls.insert(0, os.environ["CIFAR10_URL"])
@@ -300,7 +304,7 @@ IMAGE_EXTENSION = re.compile(
     r"\.(apng|avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)$", re.I
 )
 IGNORED_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # file managers leave them in folders
-DECODER_VERSION = 3  # to be raised when `decode` changes, so that no cache holds old pixels
+CACHE_VERSION = 3  # to be raised when what is read changes, so that no cache holds old pixels
 MAX_PIXELS = 8192 * 8192  # a larger image is a mistake or a decompression bomb
 
 
@@ -361,6 +365,8 @@ def load_image_folder(folder, data_dir):
         std=std,
     )
     if test_folder is None:
+        if num_train < 2:
+            raise UsageError(f"{folder} has no test/, and no two images, of which to hold one out")
         count = max(num_train // 10, 1)
         held_out = f"{count:,} of its {num_train:,} images are held out, and not trained on"
         print(f"{printable(folder)} has no test/: {held_out}")
@@ -467,10 +473,10 @@ def load_cached(cache, paths, count, read):
     # mtime may stay as they were, but not the inode and the ctime.
     stats = []
     for path in paths:
-        path = os.fspath(path)
+        path = os.path.abspath(path)
         stat = os.stat(path)
         stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
-    fingerprint = sha256(repr((DECODER_VERSION, stats)))
+    fingerprint = sha256(repr((CACHE_VERSION, stats)))
 
     check_regular(cache)
     arrays = read_cache(cache, fingerprint, count)
@@ -561,7 +567,9 @@ def decode(path):
 
 def to_rgb(image):
     """Return an image of any mode as RGB; raises ValueError for gray of more than 8 bits."""
-    if image.mode[0] in "IF":  # the range of its values is unknown, and convert() clips at 255
+    if image.mode.startswith(
+        ("I", "F")
+    ):  # the range of its values is unknown, and convert() clips at 255
         raise ValueError(f"mode {image.mode}, gray of more than 8 bits: convert it first")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

@@ -165,7 +165,7 @@ def main():
     recipe = ckpt["config"]["recipe"]
     title = f"{args.ckpt.name} (epoch {ckpt['epoch']}, recipe {recipe}) on {dataset.name}"
     print(f"{title}, {len(labels):,} test images", flush=True)
-    if "train_state" not in ckpt:  # a best.pt
+    if "train_state" not in ckpt and args.data is None:  # a best.pt, on the data of its run
         if ckpt["config"].get("val_split"):
             print("its epoch was chosen by the accuracy on held-out training images")
         else:

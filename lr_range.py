@@ -24,7 +24,7 @@ from recipes import RECIPES, with_overrides
 
 def parse_args():
     parser = Parser(description="Find a --max-lr for train.py: a range test, then short trainings.")
-    num_lrs = number(int, lambda n: 1 <= n <= 100_000, "from 1 to 100000, a day on a CPU")
+    num_lrs = number(int, lambda n: 1 <= n <= 100_000, "a whole number from 1 to 100,000")
     lr = number(float, lambda x: 1e-30 <= x <= 1e30, "from 1e-30 to 1e30")
     add = parser.add_argument
     help = "number of lrs of the sweep, with --steps-per-epoch batches each"

@@ -270,7 +270,7 @@ def build_optimizers(recipe, model):
 
 
 def average_weight(recipe, steps_done):
-    """Return the weight of the newest weights in their running mean, a window that grows."""
+    """Return how far the running mean of the weights moves to the newest: 1 / (frac * steps)."""
     return min(1.0, 1 / (recipe.weight_avg_frac * steps_done))
 
 

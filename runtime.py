@@ -23,6 +23,10 @@ from cli import ProgressBar, UsageError, first_line
 from kernels.matmul_stem import MatmulStem
 
 EVAL_BATCH_SIZE = 1000  # fixed, as the last bits of a logit may depend on the batch in bf16
+# The parameters of mallopt(3), as glibc numbers them.
+M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
+M_MMAP_MAX = -4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -231,7 +235,6 @@ def tune_process(device):
         torch.backends.cudnn.allow_tf32 = False
     elif device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        # The numbers stand for M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD, see mallopt(3).
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
-        mallopt(-2, 2**28)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**28)

@@ -48,7 +48,7 @@ def parse_args():
     add("--recipe", default="default", choices=RECIPES, help="settings, which other flags override")
     for name, type_ in OVERRIDES.items():
         values = ", ".join(f"{recipe} {getattr(r, name)}" for recipe, r in RECIPES.items())
-        help = f"of the training (the recipe's: {values})"
+        help = f"instead of the recipe's ({values})"
         add(f"--{name.replace('_', '-')}", type=type_, metavar="X", help=help)
     add("--set", action="append", metavar="NAME=VALUE", help="any setting of recipes.Recipe")
     add_data_arguments(parser)
@@ -105,6 +105,12 @@ class Trainer:
         self.schedule = build_schedule(recipe, self.steps_per_epoch)
         self.totals = torch.zeros(2, device=runtime.device)  # sum of losses, correct predictions
 
+        # Of the present epoch, set by begin_epoch.
+        self.epoch = None
+        self.plan = None
+        self.lrs = None
+        self.momenta = None
+
         self.model = build_model(recipe, dataset.num_classes, seed, runtime.device)
         runtime.prepare(self.model)
         # Machines may differ in the last bits of an initialization.
@@ -151,7 +157,8 @@ class Trainer:
     def step(self, i):
         """Train on batch i of the epoch's plan; adds its loss and correct predictions to `totals`.
 
-        In PyTorch on a CPU, where it costs nothing, raises RunError for a loss that is not finite.
+        Raises RunError for a loss that is not finite, on a CPU: on a GPU end_epoch does, since to
+        read the loss would be to wait for the device.
         """
         if self.fused_step is not None:
             self.fused_step.step(i)
@@ -227,10 +234,10 @@ class Trainer:
         return RunError(f"{place}: {name} is not finite; is the lr too high?")
 
     def state_dict(self):
-        """Return weights and the optimizers' averages of gradients: three dicts {name: tensor}.
+        """Return weights, exp_avg and exp_avg_sq: three dicts {name: tensor}.
 
-        They are the same whether Triton kernels or PyTorch train. The tensors are no copies:
-        training changes them.
+        exp_avg_sq has the parameters of AdamW alone. They are the same whether Triton kernels or
+        PyTorch train. The tensors are no copies: training changes them.
         """
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         if self.fused_step is not None:
@@ -387,7 +394,9 @@ def print_result(run):
     best = max(run.history, key=lambda row: row[key])
     print(f"last epoch: {last[key]:.2f} % on {images} images")
     if len(run.history) > 1:
-        print(f"best epoch: {best[key]:.2f} % (epoch {best['epoch']}, chosen by it, so too high)")
+        print(
+            f"best epoch: {best[key]:.2f} % (epoch {best['epoch']}, the best of all, so too high)"
+        )
 
 
 # --- the script ---

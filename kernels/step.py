@@ -47,8 +47,6 @@ def checked_step(trainer):
         try:
             step = FusedStep(trainer)
             reason = test_once(step, runtime)
-        except torch.OutOfMemoryError:
-            raise  # PyTorch needs as much
         except KERNEL_ERRORS as error:
             reason = why_kernels_failed(error, runtime.device)
 
@@ -89,13 +87,13 @@ def why_not_implemented(model, recipe):
 def test_once(step, runtime):
     """Return None, or what self_test says; a Runtime tests kernels of the same sizes only once."""
     sizes = tuple(step.model.config.items())
-    kernels = (sizes, step.recipe.batch_size, step.recipe.optimizer, len(step.rows))
-    if INTERPRETED or kernels in runtime.tested_kernels:  # the interpreter has no hardware to test
+    key = (sizes, step.recipe.batch_size, step.recipe.optimizer, len(step.rows))
+    if INTERPRETED or key in runtime.tested_kernels:  # the interpreter has no hardware to test
         return None
     print("kernels  compiling and checking, for a minute the first time", flush=True)
     reason = self_test(step)
     if reason is None:
-        runtime.tested_kernels.add(kernels)
+        runtime.tested_kernels.add(key)
     return reason
 
 
@@ -237,7 +235,7 @@ class FusedStep:
         if key in self.graphs:
             self.graphs[key].replay()
         else:
-            function(*args)  # compiles the kernels
+            function(*args)  # makes this step, and compiles its kernels; the capture runs nothing
             self.graphs[key] = self.capture(function, *args)
 
     def capture(self, function, *args):

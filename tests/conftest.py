@@ -31,9 +31,9 @@ from vit import build_model
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
 RUN_FILES = ["best.pt", "config.json", "curves.png", "history.csv", "last.pt"]
-# Processes are forked from one that has imported torch, and what optimizers import, once.
+# Processes are forked from one that has imported torch once.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])
+PROCESSES.set_forkserver_preload(["train"])
 
 
 def pytest_addoption(parser):

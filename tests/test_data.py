@@ -105,7 +105,9 @@ def test_the_archive_is_downloaded_once_and_read(official, tmp_path, capsys):
     assert (out, err) == ("decoding 120 images, once\n", f"downloading {official.as_uri()}\n")
     assert sorted(os.listdir(data_dir)) == [data.ARCHIVE, "cifar10.npz"]
 
-    # Another archive has another cache.
+    # A path that is written otherwise has the same cache, another archive has not.
+    data.load("cifar10", os.path.relpath(data_dir))
+    assert capsys.readouterr().out == ""
     (data_dir / data.ARCHIVE).write_bytes(b"no archive")
     with pytest.raises(RunError, match="not the official archive"):
         data.load("cifar10", data_dir)
@@ -180,7 +182,7 @@ def test_mirrors_are_tried_in_turn(official, tmp_path, monkeypatch, capsys):
     *parts, last = message.split("; ")
     for url, reason, part in zip(reasons, reasons.values(), parts[1:]):
         assert f"{url}: " in part and reason in part
-    assert not (tmp_path / "other").exists()
+    assert not list((tmp_path / "other").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -209,10 +211,17 @@ def test_an_archive_that_is_not_the_official_one_runs_no_code(official, tmp_path
     assert os.path.exists("executed")  # it would have run
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_download(official, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--data-dir"):
+        data.load("cifar10", tmp_path / "file")
+    assert capsys.readouterr().err == ""
+
+
 def test_an_unpacked_archive_is_not_read(official, tmp_path, monkeypatch, capsys):
     """As torchvision leaves it; the archive is wanted beside it, here downloaded."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / data.FOLDER
+    folder = tmp_path / data.ARCHIVE_FOLDER
     folder.mkdir()
     for name in (*data.TRAIN_FILES, data.TEST_FILE, data.NAMES_FILE):
         (tmp_path / name).write_bytes(pickle.dumps(Malicious()))
@@ -333,7 +342,7 @@ def test_a_folder_is_decoded_again_when_it_changes(folder, tmp_path, monkeypatch
         lambda: overwrite(bmp, bmp.read_bytes()[:-1] + b"\x07"),
         lambda: (folder / "test/dog/1.png").rename(folder / "test/dog/0a.png"),
         lambda: (folder / "train/dog/2.png").unlink(),
-        lambda: monkeypatch.setattr(data, "DECODER_VERSION", 0),
+        lambda: monkeypatch.setattr(data, "CACHE_VERSION", 0),
         lambda: cache.write_bytes(b"PK damaged"),
     ]
     for change in changes:

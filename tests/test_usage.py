@@ -52,7 +52,7 @@ WRONG_COMMANDS = [
     (evaluate, ["--ckpt", "empty"], "empty: Is a directory"),
     (evaluate, [], "best.pt: No such file"),
     (evaluate, ["--tta", "other"], "--tta: invalid choice"),
-    (lr_range, ["--epochs", 100_001], "--epochs: 100001 is not from 1 to 100000"),
+    (lr_range, ["--epochs", 100_001], "--epochs: 100001 is not a whole number from 1 to 100,000"),
     (lr_range, ["--end-lr", 1e-38], "--end-lr: 1e-38 is not from 1e-30"),
     (lr_range, ["--start-lr", 1, "--end-lr", 0.1], "--start-lr"),
     (bench, ["--csv", "/dev/null/x.csv"], "--csv /dev/null"),

@@ -57,6 +57,7 @@ class FakeGPU(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = func.__name__
+        # In here the mode is off: the device of a tensor is the real one, the CPU or meta.
         tensors = tensors_in((args, kwargs))
         devices = {self.device_of(t) for t in tensors if t.device == CPU and t.dim() > 0} - {None}
         if func == torch.Tensor.device.__get__ and self.device_of(args[0]) == CUDA:
@@ -70,26 +71,35 @@ class FakeGPU(TorchFunctionMode):
         if name == "numpy" and CUDA in devices:
             raise RuntimeError("numpy of a tensor on cuda")
 
-        # Where the result is to be: what is asked for, or else where the tensors are.
-        goal = kwargs.get("device")
-        if name == "to" and goal is None:
-            goal = next((a for a in args if isinstance(a, str | torch.device)), None)
+        # The device that is asked for, if one is. In its place the CPU makes the tensor.
+        asked = kwargs.get("device")
         if name == "cpu":
-            goal = CPU
-        if goal is not None:
-            goal = CUDA if torch.device(goal).type == "cuda" else torch.device(goal)
-        if goal == CUDA:
+            asked = CPU
+        if name == "to":
+            for argument in args:
+                if isinstance(argument, str | torch.device):
+                    asked = argument
+        if asked is not None:
+            asked = torch.device(asked)
+        if asked is not None and asked.type == "cuda":
+            asked = CUDA
             args = [CPU if isinstance(a, str | torch.device) else a for a in args]
-            kwargs = {key: CPU if key == "device" else value for key, value in kwargs.items()}
-        found = next(iter(devices), CPU if not tensors else None)
+            if "device" in kwargs:
+                kwargs["device"] = CPU
+
+        # The result is there, or else where the tensors are, or without any on the CPU.
         result = func(*args, **kwargs)
-        if name in ("to", "cpu") and goal is not None and found is not None and goal != found:
+        where = asked
+        if asked is None and len(devices) == 1:
+            (where,) = devices
+        if asked is None and not tensors:
+            where = CPU
+        if name in ("to", "cpu") and devices and where not in devices:
             result = result.clone()  # on the CPU they would be one tensor
-        goal = goal or found
-        if goal is not None and goal.type != "meta":
-            self.place(tensors_in(result), goal)
+        if where is not None and where.type != "meta":
+            self.place(tensors_in(result), where)
             if name not in COPIES:
-                self.place([t for t in tensors if t.dim() > 0], goal)
+                self.place([t for t in tensors if t.dim() > 0], where)
         return result
 
 
@@ -114,8 +124,10 @@ class FakeGraph:
     @contextlib.contextmanager
     def capture(self):
         self.gpu.launches = self.launches
-        yield
-        self.gpu.launches = None
+        try:
+            yield
+        finally:
+            self.gpu.launches = None
 
     def replay(self):
         for executor, args, kwargs in self.launches:
@@ -208,54 +220,57 @@ def test_a_training_by_captured_kernels(gpu, few_shapes, tmp_path, monkeypatch, 
         assert torch.equal(actual["model"][name], weight)
 
 
-def fused_on_gpu(small_set, self_test, monkeypatch):
-    """A Trainer on the fake GPU, with a self test that is replaced."""
-    monkeypatch.setattr(step, "self_test", self_test)
-    fields = {key: v.to("cuda") for key, v in vars(small_set).items() if torch.is_tensor(v)}
-    dataset = dataclasses.replace(small_set, **fields)
+@pytest.fixture
+def make_with(gpu, small, monkeypatch):
+    """make_with(self_test): a Trainer on the fake GPU, always of the same Runtime."""
+    fields = {key: v.to("cuda") for key, v in vars(small).items() if torch.is_tensor(v)}
+    dataset = dataclasses.replace(small, **fields)
     runtime = Runtime("cuda", "fp32")
-    return lambda: Trainer(small_recipe(batch_size=100), dataset, runtime, seed=1)
+
+    def make(self_test):
+        monkeypatch.setattr(step, "self_test", self_test)
+        return Trainer(small_recipe(batch_size=100), dataset, runtime, seed=1)
+
+    return make
 
 
-def test_one_test_serves_all_trainings_of_a_process(gpu, small, monkeypatch, capsys):
+def test_one_test_serves_all_trainings_of_a_process(make_with, capsys):
     tested = []
-    make = fused_on_gpu(small, lambda fused: tested.append(fused), monkeypatch)
-    assert make().fused_step is not make().fused_step
-    assert len(tested) == 1
+    first = make_with(tested.append)
+    second = make_with(tested.append)
+    assert first.fused_step is not second.fused_step
+    assert tested == [first.fused_step]
     assert capsys.readouterr().out.count("compiling") == 1
 
 
-def test_no_compiler(gpu, small, monkeypatch, capsys):
-    """The line says what to install, and the run is recorded as one of PyTorch."""
+def test_without_a_compiler_pytorch_trains(make_with, capsys):
+    """The line says what to install, and what runs is recorded."""
 
     def self_test(fused):
         raise subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
 
-    trainer = fused_on_gpu(small, self_test, monkeypatch)()
+    trainer = make_with(self_test)
     assert "apt install gcc python3-dev" in capsys.readouterr().err
     assert environment(trainer)["runs_on"].endswith("PyTorch")
     train_epoch(trainer, 0)
 
 
-def test_no_memory(gpu, small, monkeypatch):
-    """PyTorch would have none either, so it is not tried."""
+def test_without_memory_for_the_kernels_pytorch_trains(make_with, capsys):
+    """It needs less: the kernels hold the augmented images of a whole epoch."""
 
     def self_test(fused):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(torch.OutOfMemoryError):
-        fused_on_gpu(small, self_test, monkeypatch)()
+    train_epoch(make_with(self_test), 0)
+    assert "CUDA out of memory; the network runs in plain PyTorch" in capsys.readouterr().err
 
 
-def test_an_illegal_access(gpu, small, monkeypatch):
-    """No later operation of the process works, so no training goes on."""
+def test_an_illegal_access_ends_the_run(make_with, monkeypatch):
+    """No later operation of the process would work."""
 
-    def self_test(fused):
+    def fail(*args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def synchronize():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
     with pytest.raises(RunError, match="illegal memory access .*; try --kernels torch"):
-        fused_on_gpu(small, self_test, monkeypatch)()
+        make_with(fail)
