@@ -333,9 +333,10 @@ class FusedStep:
         tokens = model.pos_embedding.shape[1]
         shapes = {}
         shapes["embedding"] = (num_images, model.pos_embedding.numel())
-        pixels = model.config["patch_size"] ** 2
-        shapes["conv1"] = (programs * pixels, num_params(model.stem.conv1))
-        shapes["stem"] = (programs, num_params(model.stem.conv2) + num_params(model.stem.proj))
+        stem_programs = stem.num_programs(num_images, model.stem.proj.weight.shape[1])
+        convs = num_params(model.stem.conv1) + num_params(model.stem.conv2)
+        shapes["convs"] = (stem_programs, convs)
+        shapes["proj"] = (programs, num_params(model.stem.proj))
         for i, block in enumerate(model.blocks):
             is_last = i == len(model.blocks) - 1
             num_tokens = num_images if is_last else num_images * tokens
