@@ -1,6 +1,7 @@
 """Wrong command lines, of every script: exit status 2, one line, nothing written."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -103,6 +104,23 @@ def test_a_broken_environment_of_torchrun_is_one_line(rank, size, monkeypatch, f
         monkeypatch.setenv("WORLD_SIZE", size)
     line = fails(train, ["--data", "shapes", "--device", "cpu"])
     assert "RANK, WORLD_SIZE and the like are not as torchrun sets them" in line
+
+
+def receive_ctrl_c():
+    """A process that was started in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=receive_ctrl_c,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 IMPORTS = """
