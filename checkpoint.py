@@ -6,7 +6,15 @@ import zipfile
 
 import torch
 
-from cli import RunError, UsageError, atomic_write, check_regular, printable, sha256
+from cli import (
+    RunError,
+    UsageError,
+    atomic_write,
+    check_regular,
+    is_out_of_memory,
+    printable,
+    sha256,
+)
 from vit import ViT
 
 
@@ -54,9 +62,9 @@ def load_checkpoint(path, device):
         raise UsageError(f"{path}: {error.strerror}; `python train.py` writes best.pt") from None
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from None
-    except MemoryError:
-        raise
-    except Exception:  # pickle, zip and torch raise anything for a file that is not theirs
+    except Exception as error:  # pickle, zip and torch raise anything for another file
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"{path} is not a checkpoint, or a damaged one") from None
     reason = why_not_plain(ckpt, size) or why_invalid(ckpt)
     if reason:

@@ -37,6 +37,9 @@ def run_script(main):
     name = os.path.basename(sys.argv[0])
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by parse_before_imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed
+            stream.reconfigure(errors="backslashreplace")  # what its encoding lacks
     try:
         main()
         if sys.stdout is not None:
@@ -115,11 +118,15 @@ def parse_before_imports(parse_args):
 
     Until run_script, Ctrl-C ends the process at once, without a traceback of the imports.
     """
-    parse_args()
+
+    def parse_and_print():
+        parse_args()
+        if os.environ.get("RANK", "0") == "0":
+            print("importing torch", flush=True)
+
+    run_script(parse_and_print)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if os.environ.get("RANK", "0") == "0":
-        print("importing torch", flush=True)
 
 
 def number(convert, is_valid, description):
@@ -277,6 +284,7 @@ def atomic_write(path):
     Raises RunError if it cannot be written, for example on a full disk.
     """
     path = Path(path)
+    check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -289,11 +289,13 @@ def jpeg_copies(images):
     Quality and chroma sampling are Pillow's defaults, 75 and 4:2:0.
     """
     copies = np.empty_like(images)
-    for i, image in enumerate(images):
-        file = io.BytesIO()
-        Image.fromarray(image.transpose(1, 2, 0)).save(file, "JPEG")
-        with Image.open(file) as copy:
-            copies[i] = np.asarray(copy).transpose(2, 0, 1)
+    with ProgressBar("saving as JPEG", len(images)) as progress:
+        for i, image in enumerate(images):
+            file = io.BytesIO()
+            Image.fromarray(image.transpose(1, 2, 0)).save(file, "JPEG")
+            with Image.open(file) as copy:
+                copies[i] = np.asarray(copy).transpose(2, 0, 1)
+            progress.update(i + 1)
     return copies
 
 
@@ -379,7 +381,7 @@ def find_splits(folder):
 
     The latter is None if there is none, the former the folder itself if it has the classes.
     """
-    for name in ("test", "val", "valid"):
+    for name in ("test", "val", "valid", "validation"):
         if (folder / name).is_dir():
             return folder / "train", folder / name
     if (folder / "train").is_dir():

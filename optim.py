@@ -142,12 +142,14 @@ class AdamW(Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.beta2 = beta2
         self.eps = eps
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
         # torch makes its state in the first step. Made now, it can be looked at and loaded.
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        for p in self.param_groups[-1]["params"]:
+            self.state[p]["step"] = torch.zeros((), device=p.device)
+            self.state[p]["exp_avg"] = torch.zeros_like(p)
+            self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -182,7 +184,7 @@ class Muon(Optimizer):
     matrices are stacked along the first axis of each of its params. Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon. torch.optim.Muon takes matrices only, one at a time;
     this one also takes convolutions, as (out, in * height * width), all in a few batched products.
-    Raises ValueError for a parameter of fewer than two dimensions.
+    Raises ValueError for a parameter of fewer than two dimensions, or of other stacked matrices.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, num_chunks=1):
@@ -196,9 +198,12 @@ class Muon(Optimizer):
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        for p in group["params"]:
             if p.dim() < 2:
                 raise ValueError(f"a parameter {tuple(p.shape)} is no matrix: leave it to AdamW")
+            if len(p) % group["num_chunks"]:
+                raise ValueError(f"{tuple(p.shape)} is not {group['num_chunks']} stacked matrices")
             self.state[p]["exp_avg"] = torch.zeros_like(p)
 
     @torch.no_grad()
@@ -229,6 +234,8 @@ class Muon(Optimizer):
                 matrices += update.flatten(1).chunk(group["num_chunks"])
                 lrs += [lr] * group["num_chunks"]
 
+        if not matrices:
+            return loss
         # All matrices of all groups in one batch.
         for weight, update, lr in zip(weights, orthogonalize(matrices), lrs):
             rows, columns = update.shape

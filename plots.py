@@ -47,15 +47,21 @@ def styled(draw):
 
 
 def import_matplotlib():
-    """Import matplotlib whatever backend the environment names, as none is needed here.
+    """Import matplotlib whatever the environment says of it, as nothing of that is used here.
 
-    A notebook exports the name of its own, which is an error in an environment that lacks it.
+    A notebook exports a backend of its own, which is an error in an environment that lacks it, and
+    so is a damaged file of settings.
     """
-    backend = os.environ.pop("MPLBACKEND", None)
+    settings = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     import matplotlib  # noqa: F401
 
-    if backend is not None:
-        os.environ["MPLBACKEND"] = backend
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 def truncate(text, width):

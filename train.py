@@ -157,6 +157,9 @@ class Trainer:
     def step(self, i):
         """Train on batch i of the epoch's plan; adds its loss and correct predictions to `totals`.
 
+        The Triton kernels are the same step, written once more: they do not see a change made here,
+        and `--kernels torch` trains without them.
+
         Raises RunError for a loss that is not finite, on a CPU: on a GPU end_epoch does, since to
         read the loss would be to wait for the device.
         """
@@ -380,23 +383,22 @@ def save_epoch(run):
 
 
 def print_result(run):
-    """Draw the curves of a run that is finished, and print its accuracy."""
+    """Print the accuracy of a run that is finished, and draw its curves."""
     trainer = run.trainer
-    if run.folder is not None:
-        title = f"{trainer.dataset.name}, recipe {run.config['recipe']}, seed {trainer.seed}"
-        figure = plots.training_curves(
-            run.history, trainer.schedule, trainer.steps_per_epoch, title, run.split
-        )
-        plots.save_figure(figure, run.folder / "curves.png")
     images = "test" if run.split == "test" else "held-out"
     key = f"{run.split}_accuracy"
     last = run.history[-1]
     best = max(run.history, key=lambda row: row[key])
     print(f"last epoch: {last[key]:.2f} % on {images} images")
     if len(run.history) > 1:
-        print(
-            f"best epoch: {best[key]:.2f} % (epoch {best['epoch']}, the best of all, so too high)"
+        line = f"best epoch: {best[key]:.2f} %"
+        print(f"{line} (epoch {best['epoch']}, the best of all, so too high)")
+    if run.folder is not None:
+        title = f"{trainer.dataset.name}, recipe {run.config['recipe']}, seed {trainer.seed}"
+        figure = plots.training_curves(
+            run.history, trainer.schedule, trainer.steps_per_epoch, title, run.split
         )
+        plots.save_figure(figure, run.folder / "curves.png")
 
 
 # --- the script ---
@@ -487,11 +489,15 @@ def resume_run(args, given):
             raise UsageError(
                 f"{flag}: a resumed run continues with the settings that it began with"
             )
-    last = args.resume / "last.pt" if args.resume.is_dir() else args.resume
+    last = args.resume
+    if last.is_symlink():
+        last = last.resolve()  # the run that it belongs to lies there
+    if last.is_dir():
+        last = last / "last.pt"
     if not last.is_file():
         raise UsageError(f"--resume {args.resume}: no last.pt there, which each epoch writes")
     if last.is_symlink():
-        last = last.resolve()  # the run that it belongs to lies there
+        last = last.resolve()
     _, ckpt = load_checkpoint(last, "cpu")
     config = ckpt["config"]
     state = ckpt.get("train_state")

@@ -19,7 +19,7 @@ from triton.errors import TritonError
 from augment import augment
 from cli import RunError, UsageError, first_line
 from kernels import attention, head, mlp, muon, stem, update
-from kernels.functions import INTERPRETED, NUM_HPARAMS, Target, split
+from kernels.functions import EPS, INTERPRETED, NUM_HPARAMS, Target, split
 from kernels.matmul_stem import MatmulStem
 from kernels.self_test import self_test
 from optim import COEFFICIENTS, AdamW, Muon, average_weight, build_optimizers
@@ -71,6 +71,10 @@ def why_not_implemented(model, recipe):
     for module in model.modules():
         if type(module) not in MODULES:
             return f"they do not know the module {type(module).__name__}"
+        if type(module) is nn.GELU and module.approximate != "none":
+            return f"they do not compute {module}"
+        if type(module) is nn.LayerNorm and module.eps != EPS.value:
+            return f"they do not compute {module}"
     for optimizer in build_optimizers(recipe, model):
         if type(optimizer) not in (AdamW, Muon):
             return f"they do not know the optimizer {type(optimizer).__name__}"

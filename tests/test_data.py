@@ -384,9 +384,10 @@ def test_folders_within_a_class_are_read_and_other_files_named(folder, tmp_path,
     (dog / "a-b").mkdir()
     (dog / "0.png").rename(dog / "a/b/x.PNG")
     (dog / "1.png").rename(dog / "a-b/y.png")
+    (dog / "2.png").rename(dog / "z.png")
     capsys.readouterr()
     images = data.load(str(folder), tmp_path / "data")
-    order = [0, 1, 2, 5, 4, 3]  # dog/2.png, dog/a-b/y.png, dog/a/b/x.PNG
+    order = [0, 1, 2, 5, 4, 3]  # dog/z.png, dog/a-b/y.png, dog/a/b/x.PNG
     assert torch.equal(images.train_images, expected[order])
     assert capsys.readouterr().err == ""
 
@@ -406,7 +407,7 @@ def test_a_link_in_a_circle_is_an_error(folder, tmp_path):
         data.load(str(folder), tmp_path / "data")
 
 
-@pytest.mark.parametrize("name", ["val", "valid"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_val_is_in_the_place_of_test(name, folder, tmp_path, capsys):
     expected = data.load(str(folder), tmp_path / "data").fingerprint()
     (folder / "test").rename(folder / name)

@@ -107,6 +107,7 @@ def test_figures_take_any_name(name, tmp_path):
 
 
 DRAW = """
+import os
 import sys
 import plots
 
@@ -116,14 +117,16 @@ def draw():
     ax.imshow([[0, 1], [2, 3]])
     return fig
 
+before = dict(os.environ)
 plots.save_figure(draw(), sys.argv[1])
+assert os.environ == before
 """
 
 
 def test_figures_ignore_the_settings_of_the_user(tmp_path):
-    """The backend of a notebook, pictures upside down, texts by an absent LaTeX."""
+    """The backend of a notebook, pictures upside down, an absent LaTeX, a damaged file."""
     settings = tmp_path / "matplotlibrc"
-    settings.write_text("image.origin: lower\ntext.usetex: True\n")
+    settings.write_bytes(b"image.origin: lower\ntext.usetex: True\n# caf\xe9\n")
     changed = {"MPLBACKEND": "nonsense", "MATPLOTLIBRC": str(settings)}
     pictures = []
     for name, environment in (("plain.png", {}), ("user.png", changed)):

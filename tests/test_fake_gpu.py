@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 import torch
-from conftest import only_run, small_recipe, train_epoch
+from conftest import FakeRank, only_run, small_recipe, train_epoch
+from PIL import Image
 from torch.overrides import TorchFunctionMode
 from triton.runtime.interpreter import GridExecutor
 
@@ -59,7 +60,9 @@ class FakeGPU(TorchFunctionMode):
         name = func.__name__
         # In here the mode is off: the device of a tensor is the real one, the CPU or meta.
         tensors = tensors_in((args, kwargs))
-        devices = {self.device_of(t) for t in tensors if t.device == CPU and t.dim() > 0} - {None}
+        # A number, a tensor without dimensions, may be on the CPU, but for the fused optimizers.
+        mixing = [t for t in tensors if t.dim() > 0 or name.startswith("_fused")]
+        devices = {self.device_of(t) for t in mixing if t.device == CPU} - {None}
         if func == torch.Tensor.device.__get__ and self.device_of(args[0]) == CUDA:
             return CUDA
         if self.launches is not None and CUDA in devices and name not in HARMLESS:
@@ -197,6 +200,8 @@ def test_scripts_run_on_a_gpu(gpu, tiny_shapes, tmp_path, monkeypatch, succeeds)
     succeeds(train, [*args, *recipe, "--batch-size", 8, "--epochs", 2])
     ckpt = ["--ckpt", tmp_path / "best.pt", "--device", "cuda", "--out", tmp_path]
     succeeds(evaluate, [*ckpt, "--tta", "shift"])
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    succeeds(evaluate, [*ckpt, "--images", tmp_path / "a.png"])
     succeeds(gradcam, [*ckpt, "--n", 2])
     succeeds(gradcam, [*ckpt, "--metrics", 4])
     succeeds(lr_range, [*args, *recipe, "--set", "batch_size=8", "--epochs", 10])
@@ -227,9 +232,9 @@ def make_with(gpu, small, monkeypatch):
     dataset = dataclasses.replace(small, **fields)
     runtime = Runtime("cuda", "fp32")
 
-    def make(self_test):
+    def make(self_test, batch_size=100):
         monkeypatch.setattr(step, "self_test", self_test)
-        return Trainer(small_recipe(batch_size=100), dataset, runtime, seed=1)
+        return Trainer(small_recipe(batch_size=batch_size), dataset, runtime, seed=1)
 
     return make
 
@@ -241,6 +246,8 @@ def test_one_test_serves_all_trainings_of_a_process(make_with, capsys):
     assert first.fused_step is not second.fused_step
     assert tested == [first.fused_step]
     assert capsys.readouterr().out.count("compiling") == 1
+    third = make_with(tested.append, batch_size=50)
+    assert tested == [first.fused_step, third.fused_step]  # other kernels
 
 
 def test_without_a_compiler_pytorch_trains(make_with, capsys):
@@ -252,7 +259,18 @@ def test_without_a_compiler_pytorch_trains(make_with, capsys):
     trainer = make_with(self_test)
     assert "apt install gcc python3-dev" in capsys.readouterr().err
     assert environment(trainer)["runs_on"].endswith("PyTorch")
+    assert not trainer.runtime.finds_triton()  # the next training does not try again
     train_epoch(trainer, 0)
+
+
+def test_ranks_evaluate_on_their_gpus(make_with, monkeypatch):
+    trainer = make_with(lambda fused: None)
+    monkeypatch.setattr(trainer.runtime, "ranks", FakeRank(1, 2))
+    monkeypatch.setattr("runtime.EVAL_BATCH_SIZE", 60)
+    images = trainer.dataset.test_images
+    logits = trainer.runtime.predict(trainer.model, trainer.normalize, images)
+    assert logits.device == CUDA
+    assert not logits[:60].any() and logits[60:].any()
 
 
 def test_without_memory_for_the_kernels_pytorch_trains(make_with, capsys):

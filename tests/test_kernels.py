@@ -309,6 +309,7 @@ def other_optimizers(recipe, model):
         "optimizer": "they do not know the optimizer SGD",
         "classes": "300 classes are more than 256",
         "width": "dim is 48, not a power of two",
+        "gelu": "they do not compute GELU(approximate='tanh')",
     }.items(),
 )
 def test_what_the_kernels_do_not_implement_is_left_to_pytorch(change, line, monkeypatch, capsys):
@@ -316,6 +317,8 @@ def test_what_the_kernels_do_not_implement_is_left_to_pytorch(change, line, monk
     assert step.why_not_implemented(trainer.model, trainer.recipe) is None
     if change == "dropout":
         trainer.model.blocks[0].mlp.gelu = torch.nn.Dropout()
+    elif change == "gelu":
+        trainer.model.blocks[0].mlp.gelu = torch.nn.GELU("tanh")
     elif change == "optimizer":
         monkeypatch.setattr(step, "build_optimizers", other_optimizers)
     elif change == "classes":

@@ -178,10 +178,26 @@ def test_muon_has_the_interface_of_torch_optim():
     assert optimizer.param_groups[0]["lr"] == 0.05
     assert p.sum() < 6
     assert torch.equal(unused, torch.ones(2, 2))
+    optimizer.zero_grad()
+    optimizer.step()  # nothing has a gradient
     with pytest.raises(TypeError, match="lr"):
         Muon([p])
     with pytest.raises(ValueError, match=r"a parameter \(3,\) is no matrix"):
         Muon([torch.zeros(3, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match=r"\(8, 2\) is not 5 stacked matrices"):
+        Muon([torch.zeros(8, 2, requires_grad=True)], lr=0.1, num_chunks=5)
+
+
+def test_groups_of_muon_have_their_own_lr_and_decay():
+    first = torch.ones(2, 2, requires_grad=True)
+    second = torch.ones(2, 2, requires_grad=True)
+    for p in (first, second):
+        p.grad = torch.eye(2)
+    groups = [{"params": [first], "lr": 0.1}, {"params": [second], "weight_decay": 1.0}]
+    Muon(groups, lr=0.2).step()
+    update = (1 - first) / 0.1
+    assert update.norm() > 1
+    assert torch.allclose((1 - 0.2 - second) / 0.2, update, atol=1e-5)
 
 
 def test_adamw_has_the_bits_of_torch_optim():

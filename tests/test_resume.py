@@ -192,7 +192,9 @@ def test_a_run_resumes_from_a_moved_folder_of_images(tmp_path, monkeypatch, succ
     moved = images.rename(tmp_path / "moved")
     run_dir = only_run(tmp_path)
     assert "not a folder that exists" in fails(train, ["--resume", run_dir])
-    assert "is finished" in succeeds(train, ["--resume", run_dir, "--data", moved])
+    (tmp_path / "link").symlink_to(run_dir)
+    for place in (run_dir, tmp_path / "link"):
+        assert "is finished" in succeeds(train, ["--resume", place, "--data", moved])
     (moved / "train" / "cat" / "0.png").write_bytes((moved / "test/dog/0.png").read_bytes())
     err = fails(train, ["--resume", run_dir, "--data", moved])
     assert "was trained on other images, labels or classes" in err

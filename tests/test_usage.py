@@ -86,7 +86,14 @@ def test_flags_are_parsed_before_torch_is_imported(module, tmp_path):
         assert (result.returncode, result.stdout) == (status, out)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to")])
+NO_MEMORY = [
+    MemoryError(),
+    RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
 def test_no_memory_is_one_line(error, tmp_path, monkeypatch, fails):
     def load(*args):
         raise error
@@ -169,6 +176,20 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch, capsys):
         for done in range(1, 5):
             progress.update(done, lambda: "loss 2")
     assert capsys.readouterr().out == "step 2/4, 0:40 left, loss 2\nstep 4/4, 0:00 left, loss 2\n"
+
+
+def test_a_closed_stdout_before_the_imports_is_no_traceback():
+    command = f"{sys.executable} train.py --epochs 1 --data shapes | true"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_what_the_encoding_of_stdout_lacks_is_escaped():
+    script = "import cli; cli.run_script(lambda: print('\u732b'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("\\u732b\n", "")
 
 
 @pytest.mark.parametrize("redirect", ["| head -1", ">&-"])
