@@ -161,6 +161,7 @@ def load_cifar10(data_dir, as_jpeg=False):
     With `as_jpeg` it is that of `jpeg_copies` of the images. What is read is cached in data_dir.
     Raises RunError if the archive cannot be had, or is another file.
     """
+    data_dir = Path(os.path.abspath(data_dir))  # one name, and so one cache, from wherever
     path = data_dir / ARCHIVE
     check_regular(path)
     if not path.exists():
@@ -475,7 +476,6 @@ def load_cached(cache, paths, count, read):
     # mtime may stay as they were, but not the inode and the ctime.
     stats = []
     for path in paths:
-        path = os.path.abspath(path)
         stat = os.stat(path)
         stats.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
     fingerprint = sha256(repr((CACHE_VERSION, stats)))

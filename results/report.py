@@ -91,7 +91,7 @@ def headline():
         runs = histories(recipe)
         row = {
             "run": f"`python train.py --recipe {recipe}`",
-            "images": "JPEG copy",
+            "images": "cifar10-jpeg",
             "epochs": len(runs[0]),
             "n": len(runs),
             "test accuracy": f"**{mean_std(last_accuracies(runs))} %**",
