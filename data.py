@@ -14,7 +14,6 @@ import io
 import math
 import os
 import pickle
-import re
 import sys
 import tarfile
 import time
@@ -303,9 +302,8 @@ def jpeg_copies(images):
 # --- folders of images ---
 
 # Of these, Pillow reads those that it was built with. Files with other extensions are no images.
-IMAGE_EXTENSION = re.compile(
-    r"\.(apng|avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)$", re.I
-)
+IMAGE_EXTENSIONS = (".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
+IMAGE_EXTENSIONS += (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 IGNORED_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # file managers leave them in folders
 CACHE_VERSION = 3  # to be raised when what is read changes, so that no cache holds old pixels
 MAX_PIXELS = 8192 * 8192  # a larger image is a mistake or a decompression bomb
@@ -315,9 +313,9 @@ def load_image_folder(folder, data_dir):
     """Return the Dataset of the images in folder/train/<class>/ and folder/test/<class>/.
 
     The images of a class are those that `find_images` finds; a line names what is left out. Instead
-    of test/ there may be val/ or valid/. Where there is none, or where the folders of the classes
-    are those in `folder` itself, a tenth of the images is held out, always the same, and a line
-    says so.
+    of test/ there may be val/, valid/ or validation/. Where there is none, or where the folders of
+    the classes are those in `folder` itself, a tenth of the images is held out, always the same,
+    and a line says so.
 
     Images are decoded once, as `load_image` does, and cached in data_dir. Raises UsageError for
     another layout, RunError for an image that cannot be read.
@@ -415,14 +413,14 @@ def list_classes(folder, left_out):
 def find_images(folder, left_out):
     """Return the paths of the images in a folder and in all folders within, sorted.
 
-    They are the files with an IMAGE_EXTENSION, in the order of torchvision's ImageFolder.
+    They are the files with one of IMAGE_EXTENSIONS, in the order of torchvision's ImageFolder.
     Other files, and links to nothing, are appended to left_out.
     """
     paths = []
     for entry in list_folder(folder):
         if entry.is_dir():
             paths += find_images(entry.path, left_out)
-        elif entry.is_file() and IMAGE_EXTENSION.search(entry.name):
+        elif entry.is_file() and entry.name.lower().endswith(IMAGE_EXTENSIONS):
             paths.append(entry.path)
         else:
             left_out.append(entry.path)
