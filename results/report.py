@@ -72,8 +72,7 @@ def headline():
     """Test accuracy of the run to reproduce, and of every recipe."""
     log = original_log()
     row = {
-        "run": "the run to reproduce",
-        "images": "official files",
+        "run": "the run to reproduce, official files",
         "epochs": len(log),
         "n": 1,
         "test accuracy": f"{logged_accuracy(log[-1])} %",
@@ -93,8 +92,7 @@ def headline():
     for recipe in RECIPES:
         runs = histories(recipe)
         row = {
-            "run": f"`python train.py --recipe {recipe}`",
-            "images": "cifar10-jpeg",
+            "run": f"`train.py --data cifar10-jpeg --recipe {recipe} --runs {len(runs)}`",
             "epochs": len(runs[0]),
             "n": len(runs),
             "test accuracy": f"**{mean_std(last_accuracies(runs))} %**",
