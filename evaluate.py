@@ -169,9 +169,7 @@ def main():
         if ckpt["config"].get("val_split"):
             print("its epoch was chosen by the accuracy on held-out training images")
         else:
-            print(
-                "its epoch was chosen by the accuracy on test images, so that accuracy is too high"
-            )
+            print("its epoch was chosen by test accuracy, so that accuracy is too high")
 
     # Figures and report are of the images as they are; --tta adds one line.
     normalize = Normalize(ckpt["mean"], ckpt["std"], runtime.device)

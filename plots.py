@@ -228,6 +228,9 @@ def heat_maps(images, names, maps, captions, title):
     method_width = M * (side + gap) + gap
     width = gap + side + len(maps) * method_width + gap
     height = head + n * row_height + foot
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
     fig = empty_figure(width, height)
 
     def add_axes(left, bottom, w, h):
@@ -243,9 +246,6 @@ def heat_maps(images, names, maps, captions, title):
         fig.text(x / width, y / height, text, ha="center", va="center", **style)
 
     # From blue to red, the more opaque the more salient.
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
-
     colors = colormaps["turbo"](range(256))
     colors[:, 3] = [0.8 * k / 255 for k in range(256)]
     colormap = ListedColormap(colors)

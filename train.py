@@ -478,6 +478,11 @@ def load_weights(model, ckpt, trainer):
     trainer.model.load_state_dict(model.state_dict())
 
 
+def follow_link(path):
+    """Return where a link leads, as the run lies there; links above a path stay as they are."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def resume_run(args, given):
     """Return the Run of a folder or its last.pt, to go on with the bits of an unbroken run.
 
@@ -489,15 +494,11 @@ def resume_run(args, given):
             raise UsageError(
                 f"{flag}: a resumed run continues with the settings that it began with"
             )
-    last = args.resume
-    if last.is_symlink():
-        last = last.resolve()  # the run that it belongs to lies there
+    last = follow_link(args.resume)
     if last.is_dir():
-        last = last / "last.pt"
+        last = follow_link(last / "last.pt")
     if not last.is_file():
         raise UsageError(f"--resume {args.resume}: no last.pt there, which each epoch writes")
-    if last.is_symlink():
-        last = last.resolve()
     _, ckpt = load_checkpoint(last, "cpu")
     config = ckpt["config"]
     state = ckpt.get("train_state")

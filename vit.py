@@ -214,6 +214,8 @@ def summary(model):
     The qkv layer of the last block is called twice, for q of the CLS token, then for k and v: its
     MACs are those of both calls, its shape is that of the second.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton: half a second
+
     # Run one image with a hook on every layer that saves the shape of its output.
     layers = {name: m for name, m in model.named_modules() if not list(m.children())}
     shapes = {}
@@ -225,8 +227,6 @@ def summary(model):
     c = model.config["in_channels"]
     S = model.config["image_size"]
     images = torch.zeros(1, c, S, S, device=model.cls_token.device)
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton: half a second
-
     with FlopCounterMode(display=False) as counter:
         model(images)
     for handle in handles:
