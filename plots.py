@@ -32,36 +32,34 @@ STYLE = {
 
 
 def styled(draw):
-    """Decorate a function that draws: it finds matplotlib's own defaults, and STYLE."""
+    """Decorate a function that draws: it finds matplotlib imported, and STYLE set."""
 
     @functools.wraps(draw)
     def draw_styled(*args, **kwargs):
-        import_matplotlib()
-        from matplotlib import style
-
-        # The settings of the user are for his own figures: some would turn images upside down.
-        with style.context(["default", STYLE]):
+        matplotlib = import_matplotlib()
+        with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
     return draw_styled
 
 
 def import_matplotlib():
-    """Import matplotlib whatever the environment says of it, as nothing of that is used here.
+    """Import matplotlib with its own defaults, whatever the environment says, and return it.
 
     A notebook exports a backend of its own, which is an error in an environment that lacks it, and
-    so is a damaged file of settings.
+    so is a damaged file of settings; some settings would turn images upside down.
     """
     settings = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    import matplotlib  # noqa: F401
+    import matplotlib
 
     for name, value in before.items():
         if value is None:
             del os.environ[name]
         else:
             os.environ[name] = value
+    return matplotlib
 
 
 def truncate(text, width):

@@ -141,6 +141,11 @@ def test_a_batch_larger_than_the_dataset_has_all_of_it(small):
     assert weights[0] == weights[1]
 
 
+def test_a_batch_larger_than_the_dataset_is_named(tiny_shapes, tmp_path, succeeds):
+    out = succeeds(train, ["--data", "shapes", "--out", tmp_path, "--epochs", 1])
+    assert "warning: batch_size 128, but a batch has all 20 images" in out
+
+
 # --- not finite ---
 
 
