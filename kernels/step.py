@@ -24,6 +24,7 @@ from kernels.matmul_stem import MatmulStem
 from kernels.self_test import self_test
 from optim import COEFFICIENTS, AdamW, Muon, average_weight, build_optimizers
 from vit import MLP, Attention, Block, Conv1x1, ScaledDotProductAttention, Stem, ViT
+from vit import count_parameters
 
 AUGMENT_BATCH = 5000  # images, which bounds the memory that augmentation takes for a moment
 # The modules that the kernels compute together.
@@ -78,6 +79,11 @@ def why_not_implemented(model, recipe):
     for optimizer in build_optimizers(recipe, model):
         if type(optimizer) not in (AdamW, Muon):
             return f"they do not know the optimizer {type(optimizer).__name__}"
+        if type(optimizer) is Muon:
+            for p, num_chunks in muon_params(optimizer):
+                rows, columns = matrix_size(p, num_chunks)
+                if min(rows, columns) > muon.SIDE:
+                    return f"Muon has a {rows}x{columns} matrix, both sides more than {muon.SIDE}"
     num_classes = model.config["num_classes"]
     if num_classes > MAX_CLASSES:
         return f"{num_classes} classes are more than {MAX_CLASSES}"
@@ -338,16 +344,16 @@ class FusedStep:
         shapes = {}
         shapes["embedding"] = (num_images, model.pos_embedding.numel())
         stem_programs = stem.num_programs(num_images, model.stem.proj.weight.shape[1])
-        convs = num_params(model.stem.conv1) + num_params(model.stem.conv2)
+        convs = count_parameters(model.stem.conv1) + count_parameters(model.stem.conv2)
         shapes["convs"] = (stem_programs, convs)
-        shapes["proj"] = (programs, num_params(model.stem.proj))
+        shapes["proj"] = (programs, count_parameters(model.stem.proj))
         for i, block in enumerate(model.blocks):
             is_last = i == len(model.blocks) - 1
             num_tokens = num_images if is_last else num_images * tokens
-            shapes["attention", i] = (programs, num_params(block.attention))
-            shapes["mlp", i] = (mlp.num_programs(num_tokens), num_params(block.mlp))
+            shapes["attention", i] = (programs, count_parameters(block.attention))
+            shapes["mlp", i] = (mlp.num_programs(num_tokens), count_parameters(block.mlp))
         # After the parameters come the sum of losses and the number of correct predictions.
-        shapes["head"] = (programs, num_params(model.norm) + num_params(model.head) + 2)
+        shapes["head"] = (programs, count_parameters(model.norm) + count_parameters(model.head) + 2)
         return shapes
 
     def reduce_tiles(self, num_images):
@@ -379,9 +385,7 @@ class FusedStep:
         *muons, adamw = build_optimizers(self.recipe, self.model)
         num_chunks = {}  # of Muon's parameters: q, k and v are three matrices
         for optimizer in muons:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    num_chunks[p] = group["num_chunks"]
+            num_chunks.update(muon_params(optimizer))
         decays = {}
         for group in adamw.param_groups:
             for p in group["params"]:
@@ -395,8 +399,7 @@ class FusedStep:
             end = start + p.numel()
             if p in num_chunks:
                 self.muon_names.append(name)
-                rows = len(p) // num_chunks[p]
-                columns = p.numel() // len(p)
+                rows, columns = matrix_size(p, num_chunks[p])
                 for i in range(start, end, rows * columns):
                     matrices.append([i, rows, columns])
             else:
@@ -408,8 +411,16 @@ class FusedStep:
         self.coefficients = torch.tensor(COEFFICIENTS, device=self.device)
 
 
-def num_params(module):
-    return sum(p.numel() for p in module.parameters())
+def muon_params(optimizer):
+    """Yield (parameter, number of matrices stacked in it) of a Muon."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield p, group["num_chunks"]
+
+
+def matrix_size(p, num_chunks):
+    """Return rows and columns of each of the matrices that are stacked in a parameter."""
+    return len(p) // num_chunks, p.numel() // len(p)
 
 
 def flatten(model):

@@ -310,6 +310,7 @@ def other_optimizers(recipe, model):
         "classes": "300 classes are more than 256",
         "width": "dim is 48, not a power of two",
         "gelu": "they do not compute GELU(approximate='tanh')",
+        "muon": "Muon has a 128x256 matrix, both sides more than 64",
     }.items(),
 )
 def test_what_the_kernels_do_not_implement_is_left_to_pytorch(change, line, monkeypatch, capsys):
@@ -323,6 +324,9 @@ def test_what_the_kernels_do_not_implement_is_left_to_pytorch(change, line, monk
         monkeypatch.setattr(step, "build_optimizers", other_optimizers)
     elif change == "classes":
         trainer.model = ViT(num_classes=300)
+    elif change == "muon":
+        trainer.recipe = small_recipe(batch_size=2, optimizer="muon")
+        trainer.model = ViT(dim=128, mlp_dim=128)
     else:
         trainer.model = ViT(dim=48)
     assert step.checked_step(trainer) is None
