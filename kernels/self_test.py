@@ -60,19 +60,23 @@ def train_and_compare(step, dtypes):
     for name, grad in grads.items():
         actual["gradient", name] = grad
     for name, change in changes(step.model, before).items():
-        kind = "muon" if name in step.muon_names else "adamw"
-        actual[kind, name] = change
+        actual[update_kind(step, name), name] = change
 
     # The same by PyTorch. The updates are those of the step's own gradient.
     l1 = step.recipe.l1 if step.ranks.rank == 0 else 0.0
     references = []
     for dtype in dtypes:
         loss, expected = reference_gradient(before, images, labels, size, l1, dtype)
-        updates = reference_update(step.recipe, before, grads, dtype)
-        references.append([loss, *expected.values(), *updates.values()])
+        reference = {("loss", "of the batch"): loss}
+        for name, gradient in expected.items():
+            reference["gradient", name] = gradient
+        for name, change in reference_update(step.recipe, before, grads, dtype).items():
+            reference[update_kind(step, name), name] = change
+        references.append(reference)
     results = []
-    for (kind, name), result, *expected in zip(actual, actual.values(), *references):
-        results.append((kind, name, result, *expected))
+    for key, result in actual.items():
+        expected = [reference[key] for reference in references]
+        results.append((*key, result, *expected))
     return results
 
 
@@ -112,6 +116,11 @@ def reference_update(recipe, before, grads, dtype):
     for optimizer in optimizers:
         optimizer.step()
     return changes(model, before)
+
+
+def update_kind(step, name):
+    """Return the optimizer of a parameter, "muon" or "adamw"."""
+    return "muon" if name in step.muon_names else "adamw"
 
 
 def changes(model, before):
