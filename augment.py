@@ -36,7 +36,7 @@ class EpochPlan(NamedTuple):
 def epoch_plan(recipe, num_images, image_size, seed, epoch, device):
     """Return the EpochPlan of epoch `epoch`, counted from 0: a pure function of its arguments."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))  # 56 of 64 bits
 
     def uniform(low, high, *shape):
         numbers = torch.rand(num_images, *shape, device=device, generator=generator)
@@ -127,7 +127,7 @@ def crop(images, offsets, padding_mode):
     if padding_mode == "wrap":
         index = index % S
     elif padding_mode == "reflect":
-        index = (S - 1) - ((S - 1) - index.abs()).abs()
+        index = (S - 1) - ((S - 1) - index.abs()).abs()  # -1 becomes 1, S becomes S - 2
     rows = index[:, 0].view(B, S, 1)
     columns = index[:, 1].view(B, 1, S)
     return gather_pixels(images, rows * S + columns)

@@ -567,9 +567,8 @@ def decode(path):
 
 def to_rgb(image):
     """Return an image of any mode as RGB; raises ValueError for gray of more than 8 bits."""
-    if image.mode.startswith(
-        ("I", "F")
-    ):  # the range of its values is unknown, and convert() clips at 255
+    # The range of modes such as I;16 and F is unknown, and convert() clips at 255.
+    if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode}, gray of more than 8 bits: convert it first")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

@@ -54,8 +54,8 @@ def muon_kernel(
     # The matrix is read as (n, m), n the shorter side: a tall one is read across.
     n = tl.minimum(rows, columns)
     m = tl.maximum(rows, columns)
-    step_n = tl.where(rows <= columns, columns, 1)
-    step_m = tl.where(rows <= columns, 1, columns)
+    stride_n = tl.where(rows <= columns, columns, 1)
+    stride_m = tl.where(rows <= columns, 1, columns)
     row = tl.arange(0, SIDE)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
 
@@ -63,7 +63,7 @@ def muon_kernel(
     gram = tl.zeros((SIDE, SIDE), tl.float32)
     first = 0
     while first < m:  # Triton 3.6 does not interpret a range that ends at a tensor
-        i = start + row * step_n + (first + column) * step_m
+        i = start + row * stride_n + (first + column) * stride_m
         mask = (row < n) & (first + column < m)
         _, u = nesterov_update(grad_ptr + i, exp_avg_ptr + i, mask, momentum, complement)
         gram += tl.dot(u, tl.trans(u), input_precision=PRECISION)
@@ -74,8 +74,8 @@ def muon_kernel(
     norm = tl.sqrt(tl.sum(gram * eye)) + eps
     gram = gram / (norm * norm)
     product = eye
-    for step in range(STEPS):
-        abc_ptr = coefficients_ptr + 3 * step
+    for iteration in range(STEPS):
+        abc_ptr = coefficients_ptr + 3 * iteration
         q = tl.load(abc_ptr + 2) * tl.dot(gram, gram, input_precision=PRECISION)
         q += tl.load(abc_ptr) * eye + tl.load(abc_ptr + 1) * gram
         product = tl.dot(q, product, input_precision=PRECISION)
@@ -86,7 +86,7 @@ def muon_kernel(
     scale = lr * tl.sqrt(tl.maximum(rows / columns, 1.0)) / norm
     first = 0
     while first < m:
-        i = start + row * step_n + (first + column) * step_m
+        i = start + row * stride_n + (first + column) * stride_m
         mask = (row < n) & (first + column < m)
         exp_avg, u = nesterov_update(grad_ptr + i, exp_avg_ptr + i, mask, momentum, complement)
         p = tl.load(param_ptr + i, mask=mask, other=0.0) * (1 - lr * weight_decay)

@@ -164,8 +164,8 @@ def stem_backward_kernel(
         b = tl.minimum(b, B - 1)
         image = tl.load(counter_ptr).to(tl.int64) * batch_size + b
         image_ptr = images_ptr + image * (I * (S + 2) * (S + 2))
-        tokens = (l[:, None] + 1) * C + c[None, :]  # without the CLS token
-        dx = tl.load(dx_ptr + b * ((L + 1) * C) + tokens, mask=is_image, other=0.0)  # (L, C)
+        offsets = (l[:, None] + 1) * C + c[None, :]  # without the CLS token
+        dx = tl.load(dx_ptr + b * ((L + 1) * C) + offsets, mask=is_image, other=0.0)  # (L, C)
         dbias += tl.sum(dx, 0)
         dx = cast(dx, DTYPE)
         first = start
@@ -197,7 +197,8 @@ def stem_backward_kernel(
     at1 = tl.where(k < 9 * I, l[:, None] * (9 * I) + k, 9 * I * L + l[:, None])
     tl.store(convs_ptr + at1, dweight1, mask=k <= 9 * I)  # and the bias
     tl.store(dweight2_ptr + L * L * P * P + l, dbias2)
-    tl.store(dproj_ptr + C * N + c, dbias, mask=part + c * 0 == 0)  # all parts have it
+    # Every part has the whole sum, so the first stores it; the mask needs the shape of c.
+    tl.store(dproj_ptr + C * N + c, dbias, mask=part + c * 0 == 0)
 
 
 def tile_size(step, fp32_size):

@@ -50,7 +50,7 @@ def reduce_kernel(
 
     # The sum over rows.
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    first = num_rows * 0
+    first = num_rows * 0  # not 0: a loop keeps the type of its variable, here int64
     while first < num_rows:
         valid = mask[None, :] & (first + row < num_rows)
         at = (first + row) * stride + column[None, :]
