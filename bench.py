@@ -13,7 +13,6 @@ all alike. A round is an epoch of generated images with all that train.py does i
 plan, augmentation, forward, backward and update. On a CPU glibc keeps freed memory for all of them.
 """
 
-import dataclasses
 import os
 import platform
 import re
@@ -31,13 +30,6 @@ from runtime import Runtime, tune_process, versions
 from train import Trainer
 
 VARIANTS = ["eager", "compile", "auto"]
-
-
-def load_shapes(num_train, num_test, device):
-    """Return generated images on the device."""
-    dataset = data.load_shapes(num_train, num_test)
-    moved = {name: x.to(device) for name, x in vars(dataset).items() if torch.is_tensor(x)}
-    return dataclasses.replace(dataset, **moved)
 
 
 def make_trainer(variant, recipe, dataset, args):
@@ -130,7 +122,7 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
 
     # The first epoch compiles kernels and captures graphs, and does not count.
-    dataset = load_shapes(steps * recipe.batch_size, 10, runtime.device)
+    dataset = data.load_shapes(steps * recipe.batch_size, 10).to(runtime.device)
     trainers = {}
     for variant in args.variants or VARIANTS:
         try:

@@ -77,6 +77,14 @@ class Dataset:
         test = self.test_images, self.test_labels
         return sha256((train, test, self.class_names))
 
+    def to(self, device):
+        """Return the Dataset with its tensors on a device."""
+        moved = {}
+        for field, value in vars(self).items():
+            if torch.is_tensor(value):
+                moved[field] = value.to(device)
+        return replace(self, **moved)
+
 
 def load(spec, data_dir, device="cpu"):
     """Return the Dataset of a spec: cifar10, cifar10-jpeg, shapes, auto, or a folder of images.
@@ -100,11 +108,8 @@ def load(spec, data_dir, device="cpu"):
         raise UsageError(f"--data {spec}: not a folder that exists, nor one of {choices}")
     # Names of folders may hold anything; whoever prints or draws them need not care.
     class_names = tuple(printable(name) for name in dataset.class_names)
-    tensors = {}
-    for field, value in vars(dataset).items():
-        if torch.is_tensor(value):
-            tensors[field] = value.to(device)
-    return replace(dataset, name=printable(dataset.name), class_names=class_names, **tensors)
+    dataset = replace(dataset, name=printable(dataset.name), class_names=class_names)
+    return dataset.to(device)
 
 
 def load_for_checkpoint(ckpt, spec, data_dir, device):

@@ -25,13 +25,13 @@ part() {  # part SECONDS FILE COMMAND...: what it prints, its exit status and it
 
 nvidia-smi >"$out/1_machine.txt" || exit 1
 part 150 2_kernels.txt python3 - <<'PYTHON'
-import time, torch, bench, runtime, train
+import time, torch, data, runtime, train
 from kernels import self_test, step
 from recipes import RECIPES
 
 print(runtime.versions(), torch.cuda.get_device_name(), time.strftime("%Y-%m-%d"))
 step.self_test = lambda fused: None  # its errors are printed here, all of them
-dataset = bench.load_shapes(3000, 100, "cuda")
+dataset = data.load_shapes(3000, 100).to("cuda")
 cases = [("default", "bf16"), ("original", "bf16"), ("long", "bf16"), ("default", "fp32")]
 for recipe, precision in cases:
     print(recipe, precision)

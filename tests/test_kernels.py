@@ -83,8 +83,7 @@ def noise_dataset(num_images, image_size=32):
     shape = (num_images, 3, image_size, image_size)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     dataset = data.load_shapes(num_images, 10)
-    labels = dataset.train_labels.to(DEVICE)
-    return dataclasses.replace(dataset, train_images=images.to(DEVICE), train_labels=labels)
+    return dataclasses.replace(dataset, train_images=images).to(DEVICE)
 
 
 def fused_step(recipe, dtype, num_images, **overrides):
