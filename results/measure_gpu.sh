@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Measure this project on an NVIDIA GPU, in about eight minutes, the most telling part first:
+# Measure this project on an NVIDIA GPU, the most telling part first:
 #
 #     bash results/measure_gpu.sh [FOLDER]    # images, train/<class>/ and test/<class>/ in FOLDER
 #
-# Needs torch, triton and pytest, and no network. Writes results/gpu/, a file a part; a part that
-# hangs is killed.
+# Needs what requirements.txt names, and no network. Writes results/gpu/, a file a part; a part that
+# hangs is killed, and what is done stays if you stop it.
 set -u
 images=shapes
 [ $# -gt 0 ] && images=$(realpath "$1")
@@ -25,16 +25,16 @@ part() {  # part SECONDS FILE COMMAND...: what it prints, its exit status and it
 
 nvidia-smi >"$out/1_machine.txt" || exit 1
 part 150 2_kernels.txt python3 - <<'PYTHON'
-import time, torch, data, runtime, train
+import time, torch, traceback, data, runtime, train
 from kernels import self_test, step
 from recipes import RECIPES
 
 print(runtime.versions(), torch.cuda.get_device_name(), time.strftime("%Y-%m-%d"))
 step.self_test = lambda fused: None  # its errors are printed here, all of them
 dataset = data.load_shapes(3000, 100).to("cuda")
-cases = [("default", "bf16"), ("original", "bf16"), ("long", "bf16"), ("default", "fp32")]
-for recipe, precision in cases:
-    print(recipe, precision)
+
+
+def measure(recipe, precision):
     gpu = runtime.Runtime("cuda", precision, "triton")
     fused = train.Trainer(RECIPES[recipe], dataset, gpu, seed=1).fused_step
     for kind, name, actual, exact in self_test.train_and_compare(fused, [torch.float64]):
@@ -50,11 +50,24 @@ for recipe, precision in cases:
             fused.step(i % 5)
         torch.cuda.synchronize()
     print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=16))
+
+
+cases = [("default", "bf16"), ("original", "bf16"), ("long", "bf16"), ("default", "fp32")]
+for case in cases:
+    print(*case)
+    try:
+        measure(*case)
+    except Exception:  # the next one may run
+        traceback.print_exc()
 PYTHON
 run="python3 train.py --data '$images' --data-dir $work/data --out $work --kernels"
+export TRITON_CACHE_DIR=$work/cold
 for recipe in default default original; do  # with cold caches, with warm ones, another recipe
-    part 90 3_train.txt bash -c "time $run triton --recipe $recipe"
+    part 150 3_train.txt bash -c "time $run triton --recipe $recipe"
 done
-part 120 4_tests.txt python3 -m pytest -q tests/test_kernels.py tests/test_step.py tests/test_train.py
 part 60 5_torch.txt bash -c "time $run torch --epochs 4"
-part 240 6_bench.txt python3 bench.py --rounds 3 --csv "$out/bench.csv"
+part 120 6_bench.txt python3 bench.py --rounds 3 --variants eager auto --csv "$out/bench.csv"
+for name in kernels step train; do
+    part 150 4_tests.txt python3 -m pytest -q --tb=short "tests/test_$name.py"
+done
+part 300 6_bench.txt python3 bench.py --rounds 3 --csv "$out/bench_compile.csv"
