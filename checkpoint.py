@@ -22,10 +22,11 @@ def save_checkpoint(path, model, dataset, config, epoch, test_accuracy, train_st
     """Write the weights of a ViT and what scripts need to use them.
 
     `config` has what is known of the run, plain values by name. last.pt has a `train_state` too,
-    from which the run resumes.
+    from which the run resumes: the history, and dicts of tensors by name. All tensors of the file
+    are on the CPU, so that torch.load reads it on a machine without the device of the training.
     """
     ckpt = {
-        "model": {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()},
+        "model": on_cpu(model.state_dict()),
         "model_config": model.config,
         "class_names": list(dataset.class_names),
         "mean": list(dataset.mean),
@@ -35,13 +36,21 @@ def save_checkpoint(path, model, dataset, config, epoch, test_accuracy, train_st
         "test_accuracy": test_accuracy,
     }
     if train_state is not None:
-        ckpt["train_state"] = train_state
+        ckpt["train_state"] = {}
+        for name, value in train_state.items():
+            is_dict = isinstance(value, dict)
+            ckpt["train_state"][name] = on_cpu(value) if is_dict else value
     ckpt["sha256"] = sha256(ckpt)
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(ckpt, buffer)
     with atomic_write(path) as temporary:
         # No view of the buffer: one in a traceback crashes the garbage collector of Python 3.12.1.
         temporary.write_bytes(buffer.getvalue())
+
+
+def on_cpu(tensors):
+    """Return tensors by name on the CPU."""
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
 def load_checkpoint(path, device):

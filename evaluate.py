@@ -149,11 +149,11 @@ def classify_files(args):
 
 def main():
     args = parse_args()
+    runtime = Runtime(args.device, args.precision)
+    tune_process(runtime.device)
     if args.images:
         classify_files(args)
         return
-    runtime = Runtime(args.device, args.precision)
-    tune_process(runtime.device)
     model, ckpt = load_checkpoint(args.ckpt, runtime.device)
     runtime.prepare(model)
     out = writable_dir(args.out or args.ckpt.parent)

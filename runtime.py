@@ -6,9 +6,9 @@ Every rank holds the whole dataset and makes the same plan of an epoch; it train
 every batch. So all ranks hold the same weights, and their number changes rounding only.
 """
 
-import atexit
 import contextlib
 import ctypes
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -62,6 +62,11 @@ class Ranks:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def leave(self):
+        """Leave the process group. After an error no rank does: NCCL would wait for the others."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def join_ranks(device):
     """Join the process group of torchrun, if it has started this process, as a Ranks.
@@ -77,11 +82,12 @@ def join_ranks(device):
             if local_rank >= count:
                 raise UsageError(f"torchrun started more ranks than {count} GPUs")
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # The others wait while rank 0 downloads and decodes.
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     except (KeyError, ValueError) as error:
         message = f"RANK, WORLD_SIZE and the like are not as torchrun sets them: {error}"
         raise UsageError(message) from None
-    atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
@@ -117,6 +123,7 @@ class Runtime:
             raise UsageError(f"--kernels triton: {reason}")
         if reason:
             print(f"kernels: {reason}; the network runs in plain PyTorch", file=sys.stderr)
+            self.kernels = "torch"  # the next training need not say so again
         return reason is None
 
     def prepare(self, model):
@@ -229,10 +236,12 @@ def tune_process(device):
 
     On a CPU glibc keeps freed memory, where there is a glibc. By default it returns large blocks to
     the system at once, and every step would fault tens of megabytes in again: a quarter of its
-    time. On a GPU fp32 means fp32 in convolutions too, not TF32.
+    time. On a GPU fp32 means fp32 in convolutions too, not TF32, and their gradients have the same
+    bits each time.
     """
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     elif device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)

@@ -421,6 +421,7 @@ def main():
     if len(histories) > 1:
         print(summarize(histories, run.trainer.dataset.name))
         print(f"best.pt is of seed {run.trainer.seed}, the last one")
+    run.trainer.runtime.ranks.leave()
 
 
 def new_runs(args):

@@ -298,10 +298,12 @@ class FusedAttention(torch.autograd.Function):
         weights = [w.contiguous() for w in weights]
         ctx.save_for_backward(x, *weights)
         z = torch.empty_like(x[:, :1] if cls_only else x)
-        forward(x, weights, heads, z, len(x), ctx.target)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            forward(x, weights, heads, z, len(x), ctx.target)
         return z.to(ctx.target.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # what the kernels write has no gradient
     def backward(ctx, dz):
         x, *weights = ctx.saved_tensors
         dz = dz.to(x.dtype).contiguous()

@@ -31,8 +31,10 @@ AUGMENT_BATCH = 5000  # images, which bounds the memory that augmentation takes 
 MODULES = (ViT, Stem, MatmulStem, Block, Attention, ScaledDotProductAttention, MLP, Conv1x1)
 MODULES += (nn.Conv2d, nn.GELU, nn.LayerNorm, nn.Linear, nn.ModuleList)
 MAX_CLASSES = 256  # the kernel of the head keeps its whole matrix on chip
-# What compiling and running kernels raises: Triton, its C compiler, its cache, CUDA, no memory.
+# What compiling and running kernels raises: Triton, its C compiler, its cache, CUDA, no memory;
+# Triton's driver asserts that it finds libcuda.so, and imports what the compiler has made.
 KERNEL_ERRORS = (TritonError, subprocess.CalledProcessError, OSError, RuntimeError)
+KERNEL_ERRORS += (AssertionError, ImportError)
 
 
 def checked_step(trainer):

@@ -48,6 +48,12 @@ def pytest_collection_modifyitems(config, items):
         random.Random(order).shuffle(items)
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """PyTorch, which the kernels are compared with, has no TF32 in convolutions."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def small():
     """300 training and 100 test images."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import train
 from checkpoint import load_checkpoint
 from cli import RunError
 from kernels import step
-from runtime import Runtime
+from runtime import Runtime, tune_process
 from train import Trainer, environment
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -207,8 +208,19 @@ def test_scripts_run_on_a_gpu(gpu, tiny_shapes, tmp_path, monkeypatch, succeeds)
 
 
 def test_a_training_by_captured_kernels(gpu, few_shapes, tmp_path, monkeypatch, succeeds):
-    """Its bits are those of kernels that are launched one by one; config.json says what runs."""
-    args = ["--data", "shapes", "--epochs", 1, "--batch-size", 2, "--kernels", "triton"]
+    """Its bits are those of kernels that are launched one by one; config.json says what runs.
+
+    Files hold no tensor of the GPU.
+    """
+
+    def save(ckpt, file):
+        for tensor in tensors_in([ckpt]):
+            assert gpu.device_of(tensor) == CPU
+        torch_save(ckpt, file)
+
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    args = ["--data", "shapes", "--epochs", 2, "--batch-size", 2, "--kernels", "triton"]
     captured = ["--device", "cuda", "--precision", "fp32", "--out", tmp_path / "captured"]
     printed = succeeds(train, [*args, *captured])
     assert printed.count("compiling and checking") == 1
@@ -248,17 +260,42 @@ def test_one_test_serves_all_trainings_of_a_process(make_with, capsys):
     assert tested == [first.fused_step, third.fused_step]  # other kernels
 
 
-def test_without_a_compiler_pytorch_trains(make_with, capsys):
+@pytest.mark.parametrize(
+    "error, advice",
+    [
+        (subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]), "apt install gcc python3-dev"),
+        (AssertionError("libcuda.so cannot found!"), "libcuda.so cannot found!; the network runs"),
+        (ImportError("cuda_utils.so: failed to map segment"), "failed to map segment; the network"),
+    ],
+)
+def test_without_a_compiler_pytorch_trains(error, advice, make_with, capsys):
     """The line says what to install, and what runs is recorded."""
 
     def self_test(fused):
-        raise subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
+        raise error
 
     trainer = make_with(self_test)
-    assert "apt install gcc python3-dev" in capsys.readouterr().err
+    assert advice in capsys.readouterr().err
     assert environment(trainer)["runs_on"].endswith("PyTorch")
     assert not trainer.runtime.finds_triton()  # the next training does not try again
     train_epoch(trainer, 0)
+
+
+def test_without_triton_pytorch_trains(gpu, monkeypatch, capsys):
+    """One line says so, however many trainings there are."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    runtime = Runtime("cuda", "fp32")
+    assert not runtime.finds_triton()
+    assert not runtime.finds_triton()
+    assert capsys.readouterr().err.count("Triton is missing") == 1
+
+
+def test_convolutions_of_the_scripts_are_exact_and_repeatable(monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    tune_process(torch.device("cuda"))
+    assert cudnn.deterministic and not cudnn.allow_tf32
 
 
 def test_ranks_evaluate_on_their_gpus(make_with, monkeypatch):

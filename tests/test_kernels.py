@@ -184,6 +184,16 @@ def test_fused_attention_with_great_scores():
     assert relative_error(z, exact) < 1e-4
 
 
+def test_fused_attention_has_one_derivative():
+    """A second one would be wrong without a word."""
+    weights = Attention(32, 2, 16).to(DEVICE).parameters()
+    x = torch.randn(1, 17, 32, device=DEVICE, requires_grad=True)
+    z = FusedAttention.apply(x, *weights, 2)
+    dx = torch.autograd.grad(z.square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_fused_attention_refuses_what_it_cannot_take():
     x = torch.zeros(1, 17, 32, device=DEVICE)
     weights = list(Attention(32, 2, 16).to(DEVICE).parameters())

@@ -53,6 +53,8 @@ def rank_process(rank, port, path):
     os.environ["MASTER_PORT"] = str(port)
     os.environ["TORCHELASTIC_RUN_ID"] = "none"
     torch.save(train_steps(distributed=True), path / f"{rank}.pt")
+    Ranks().leave()
+    assert not torch.distributed.is_initialized()
 
 
 def test_two_ranks_train_like_one_process_and_like_each_other(tmp_path):
