@@ -6,6 +6,7 @@ import csv
 import hashlib
 import math
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -163,8 +164,10 @@ def add_data_arguments(parser):
 
 def add_run_data_arguments(parser):
     """Add --data and --data-dir, whose default None means those of the checkpoint's run."""
-    add_data_arguments(parser)
-    parser.set_defaults(data=None, data_dir=None)
+    help = "other images than those of the checkpoint's run; see train.py --help"
+    parser.add_argument("--data", metavar="SPEC", help=help)
+    help = "where the archive and decoded folders are kept (default: where the run kept them)"
+    parser.add_argument("--data-dir", metavar="DIR", help=help)
 
 
 def add_device_argument(parser):
@@ -285,11 +288,12 @@ def atomic_write(path):
     """
     path = Path(path)
     check_regular(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Of several processes that write the file, in containers of one folder too, the last one wins.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows flushes what is open for writing alone
             os.fsync(file.fileno())  # content reaches the disk before the name does
         os.replace(temporary, path)
     except OSError as error:

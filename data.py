@@ -22,6 +22,7 @@ import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -126,9 +127,11 @@ def load_for_checkpoint(ckpt, spec, data_dir, device):
     trained = tuple(ckpt["class_names"])
     loaded = dataset.class_names
     if loaded != trained:
+        pairs = zip_longest(trained, loaded, fillvalue="none")
+        before, now = next(pair for pair in pairs if pair[0] != pair[1])
         raise UsageError(
-            f"the checkpoint has {len(trained)} classes ({trained[0]} ...), "
-            f"{dataset.name} has {len(loaded)} ({loaded[0]} ...)"
+            f"the checkpoint has {len(trained)} classes, {dataset.name} has {len(loaded)}; "
+            f"the first that differs is {before} there and {now} here"
         )
     if spec is None and dataset.fingerprint() != config.get("data_sha256"):
         print("warning: these are not the images of the training run", file=sys.stderr)
@@ -393,7 +396,8 @@ def find_splits(folder):
     # A folder such as Training/, which has no images but folders with images, is not a class.
     for entry in list_folder(folder):
         if entry.is_dir() and not any(file.is_file() for file in list_folder(entry.path)):
-            raise UsageError(f"{folder} has no folder train/, and {entry.name}/ in it no images")
+            line = f"{folder} has no folder train/, and no images directly in {entry.name}/"
+            raise UsageError(line)
     return folder, None
 
 
@@ -455,8 +459,9 @@ def image_files(paths):
 def warn_left_out(paths):
     """Print how many files are left out, and the first of them, unless there is none."""
     if paths:
-        line = "warning: files left out, which are no images or links to nothing:"
-        print(f"{line} {len(paths):,}, the first is {printable(paths[0])}", file=sys.stderr)
+        reasons = "no images, links to nothing, or in no class folder"
+        found = f"{len(paths):,}, the first is {printable(paths[0])}"
+        print(f"warning: files left out, {reasons}: {found}", file=sys.stderr)
 
 
 def list_folder(path):
@@ -585,7 +590,7 @@ def to_rgb(image):
 
 
 def load_shapes(num_train=50_000, num_test=10_000):
-    """Return the Dataset of generated shapes, always the same."""
+    """Return the Dataset of generated shapes, always the same on one kind of processor."""
     images, labels, masks = generate_shapes(num_train + num_test, IMAGE_SIZE, seed=0)
     mean, std = channel_mean_std(images[:num_train])
     return Dataset(
@@ -659,7 +664,7 @@ def class_balanced_indices(labels, mask, count):
 
 def describe(dataset):
     """Return the images of each class and the mean and std of each channel, as lines of text."""
-    width = max(len(name) for name in dataset.class_names)
+    width = max(len(name) for name in ("class", *dataset.class_names))
     train_counts = dataset.train_labels.bincount(minlength=dataset.num_classes).tolist()
     test_counts = dataset.test_labels.bincount(minlength=dataset.num_classes).tolist()
     lines = [f"{'class':<{width}} {'train':>7} {'test':>7}"]

@@ -38,7 +38,7 @@ def parse_args():
     add("--class", dest="class_name", metavar="CLASS", help="show test images of this class")
     add("--method", choices=METHODS, help=f"show this one alone (default: {' and '.join(SHOWN)})")
     add("--layer", default=LAYER, choices=LAYERS, help="of gradcam and hirescam")
-    help = "instead, measure all methods on N test images (1000 where N is left out)"
+    help = "instead, measure all methods on up to N test images (1000 where N is left out)"
     add("--metrics", nargs="?", type=positive_int, const=1000, metavar="N", help=help)
     add("--seed", type=seed_int, default=1, help="of the choice of test images")
     add_run_data_arguments(parser)
@@ -288,13 +288,13 @@ def run_metrics(args, ckpt, model, normalize, device):
     """Measure maps of the predicted classes: a table on stdout, and gradcam_metrics.csv."""
     dataset = load_for_checkpoint(ckpt, args.data, args.data_dir, device)
     total = len(dataset.test_images)
-    if not 2 <= args.metrics <= total:
-        possible = f"it takes 2 to {total:,} test images of {dataset.name}"
-        raise UsageError(f"--metrics {args.metrics}: {possible}")
+    count = min(args.metrics, total)
+    if count < 2:
+        raise UsageError("--metrics takes at least two test images")
     path = writable_dir(args.out or args.ckpt.parent) / "gradcam_metrics.csv"
-    print(f"{args.metrics:,} test images of {dataset.name}", flush=True)
+    print(f"{count:,} test images of {dataset.name}", flush=True)
     generator = torch.Generator().manual_seed(args.seed)
-    indices = torch.randperm(total, generator=generator)[: args.metrics].to(device)
+    indices = torch.randperm(total, generator=generator)[:count].to(device)
 
     measures = ["insertion", "deletion"]
     if dataset.test_masks is not None:  # only `shapes` has them

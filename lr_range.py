@@ -60,6 +60,7 @@ from runtime import Runtime, tune_process
 from train import Trainer, warn_of_large_batch
 
 SMOOTHING = 0.9  # of the running mean of the loss: a memory of about ten lrs
+MIN_LRS = 5  # with fewer, chance decides
 HELD_OUT = 5000  # training images, or a tenth of fewer
 FEW_IMAGES = 500  # held-out images; with fewer, chance decides between lrs
 NUM_LRS = (7, 4)  # of the two rounds of short runs
@@ -152,7 +153,7 @@ def find_edge(history):
 
     `history` is that of range_test; a pure function.
     """
-    if len(history) < 5:
+    if len(history) < MIN_LRS:
         return None
     losses = [row["loss"] for row in history]
     lowest = min(history, key=lambda row: row["smoothed_loss"])
@@ -366,7 +367,9 @@ class Search:
             print(f"  ended after {len(self.history)} lrs: {stop_reason}")
 
         edge = find_edge(self.history)
-        if edge is None:
+        if len(self.history) < MIN_LRS:
+            print(f"nothing to recommend: a sweep needs {MIN_LRS} lrs (--epochs)")
+        elif edge is None:
             print("nothing to recommend: the loss falls by no more than its noise may explain")
         else:
             print(f"  edge: lr {edge:.4g}, where the smoothed loss is least")
@@ -468,6 +471,10 @@ def train_command(args, lr):
     for setting in args.set or []:
         words += ["--set", setting]
     words += ["--max-lr", f"{lr:.4g}"]
+    for name in ("device", "precision", "kernels"):
+        value = getattr(args, name)
+        if value != "auto":
+            words += [f"--{name}", value]
     return shlex.join(words)
 
 

@@ -19,7 +19,8 @@ def generate_shapes(count, image_size, seed):
     """Return images uint8 (N, 3, S, S), labels int64 (N,) and masks bool (N, S, S).
 
     N is `count`, S is `image_size`. A mask marks the object. Classes have equal numbers up to one.
-    The same arguments give the same images.
+    The same arguments give the same images on the same kind of processor: others round a few values
+    the other way.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(SHAPE_NAMES)

@@ -464,10 +464,15 @@ def new_runs(args):
         if runtime.ranks.rank == 0:
             name = f"{args.recipe}-{dataset.name[:40]}-seed{seed}".replace(" ", "-")
             folder = make_run_dir(args.out / "runs", name)
-            with atomic_write(folder / "config.json") as temporary:
-                temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_config(folder, config)
         print(f"\nseed {seed}, {dataset.name}, {printable(folder)}")
         yield Run(trainer, folder, config, history=[])
+
+
+def write_config(folder, config):
+    """Write config.json, which says how a run is made; checkpoints have the same."""
+    with atomic_write(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_weights(model, ckpt, trainer):
@@ -534,7 +539,10 @@ def resume_run(args, given):
     config["data"] = dataset.spec
     config["data_dir"] = os.path.abspath(data_dir)
     config["device"] = runtime.device.type
-    folder = last.parent if runtime.ranks.rank == 0 else None
+    folder = None
+    if runtime.ranks.rank == 0:
+        folder = last.parent
+        write_config(folder, config)
     where = f"{printable(folder)}, resumed after epoch {len(history)}"
     print(f"\nseed {trainer.seed}, {dataset.name}, {where}")
     return Run(trainer, folder, config, history)

@@ -184,7 +184,7 @@ def test_the_script_classifies_files_and_folders(small, tmp_path, succeeds, invo
     (folder / "note.txt").touch()
     status, out, err = invoke(evaluate, args)
     assert (status, out) == (0, "".join(lines))
-    assert err.endswith(f"nothing: 1, the first is {folder / 'note.txt'}\n")
+    assert err.endswith(f"folder: 1, the first is {folder / 'note.txt'}\n")
     assert "out: no files with the extension" in fails(evaluate, ["--images", tmp_path / "out"])
     assert "cannot be read" in fails(evaluate, ["--ckpt", ckpt, "--images", "no.png"], status=1)
     for flags in (["--tta", "flip"], ["--data", "shapes"], ["--data-dir", "x"]):

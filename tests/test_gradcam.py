@@ -390,7 +390,7 @@ def test_metrics(ckpt, small, tmp_path, succeeds, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     ("--layer blocks.0", "invalid choice: 'blocks.0'"),
     ("--layer stem.gelu1 --method masked-gradients", "--layer: masked-gradients are computed at"),
-    ("--metrics 101", "--metrics 101: it takes 2 to 100 test images of shapes"),
+    ("--metrics 1", "--metrics takes at least two test images"),
     ("--metrics --method gradcam", "--metrics shows no images"),
     ("--image x.png --correct", "--image shows no test images"),
     ("--class cat", "--class cat: the classes are checkered, crescent"),

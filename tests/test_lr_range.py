@@ -298,16 +298,14 @@ def test_tables_and_the_command_to_copy(script, monkeypatch, tmp_path):
         return short_run(lr, abs(lr - 0.03), epochs, own=0, count=40)
 
     monkeypatch.setattr(lr_range, "train_short_run", train)
-    status, out, err, rows, runs = script("--set", "beta2=0.98")
+    status, out, err, rows, runs = script("--set", "beta2=0.98", "--precision", "fp32")
     assert (status, err) == (0, "")
     assert len(rows) == 24
     assert list(runs[0]) == ["lr", "epochs", "val_loss", "val_loss_se", "val_accuracy"]
     lr = min(runs, key=lambda run: float(run["val_loss"]))["lr"]
     assert f"\nbest guess for 24 epochs, from runs of 2: {lr}\n" in out  # of 40 images
-    assert (
-        f"\n  python train.py --data shapes --recipe default --set beta2=0.98 --max-lr {lr}\n"
-        in out
-    )
+    command = "python train.py --data shapes --recipe default --set beta2=0.98"
+    assert f"\n  {command} --max-lr {lr} --precision fp32\n" in out
     assert "40 held-out images are too few" in out
     assert (tmp_path / "lr_range.png").exists()
 

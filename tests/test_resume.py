@@ -4,6 +4,7 @@ Twenty random SIGKILLs instead of two: KILLS=20 pytest tests/test_resume.py
 """
 
 import dataclasses
+import json
 import math
 import os
 import random
@@ -195,6 +196,7 @@ def test_a_run_resumes_from_a_moved_folder_of_images(tmp_path, monkeypatch, succ
     (tmp_path / "link").symlink_to(run_dir)
     for place in (run_dir, tmp_path / "link"):
         assert "is finished" in succeeds(train, ["--resume", place, "--data", moved])
+    assert json.loads((run_dir / "config.json").read_text())["data"] == str(moved)
     (moved / "train" / "cat" / "0.png").write_bytes((moved / "test/dog/0.png").read_bytes())
     err = fails(train, ["--resume", run_dir, "--data", moved])
     assert "was trained on other images, labels or classes" in err

@@ -312,6 +312,15 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_two_writers_of_a_file_do_not_mix(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as first, atomic_write(path) as second:
+        first.write_text("one")
+        second.write_text("two")
+    assert path.read_text() == "one"  # which was renamed last
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
 def test_a_failed_run_is_one_line_and_exit_status_1(tmp_path, monkeypatch, fails):
     def fail():
         raise RunError("no images \x1b[31mtoday")
