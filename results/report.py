@@ -19,9 +19,15 @@ from cli import Parser, RunError, atomic_write, markdown_table, read_csv, run_sc
 
 JPEG_COPY = RESULTS / "cifar10-jpeg"
 RECIPES = ("original", "default", "long")
+HEADLINE = (  # shown in README.md
+    ("original", "fp32"),
+    ("default", "fp32"),
+    ("default", "bf16"),
+    ("long", "bf16"),
+)
 
 
-def histories(recipe, precision="bf16"):
+def histories(recipe, precision):
     """Return the histories of a recipe on the JPEG copy, one a seed: lists of dicts of strings."""
     paths = sorted(JPEG_COPY.glob(f"{recipe}-{precision}-seed*.csv"))
     return [read_csv(path) for path in paths]
@@ -52,6 +58,37 @@ def seconds(runs):
     return f"{low} to {high} s"
 
 
+def time_alone(recipe, precision, group):
+    """Return the time of runs that had the machine for themselves, as text; "" without any."""
+    runs = []
+    for history, row in zip(histories(recipe, precision), group):
+        if row["idle_machine"] == "yes":
+            runs.append(history)
+    one_more = JPEG_COPY / f"{recipe}-{precision}-2threads.csv"  # seed 1 again, alone
+    if one_more.exists():
+        runs.append(read_csv(one_more))
+    if not runs:
+        return ""
+    return seconds(runs)
+
+
+def runs_by_recipe():
+    """Return {(recipe, precision): rows of runs.csv} of the recipes that there are.
+
+    Raises RunError for runs that have no history, or the other way around.
+    """
+    groups = {}
+    for run in read_csv(JPEG_COPY / "runs.csv"):
+        if run["recipe"] in RECIPES:
+            groups.setdefault((run["recipe"], run["precision"]), []).append(run)
+    for (recipe, precision), group in groups.items():
+        count = len(histories(recipe, precision))
+        if count != len(group):
+            line = f"{len(group)} runs in runs.csv, {count} histories"
+            raise RunError(f"{recipe}, {precision}: {line}")
+    return groups
+
+
 def original_log():
     return read_csv(RESULTS / "original_log.csv")
 
@@ -73,30 +110,26 @@ def headline():
     log = original_log()
     row = {
         "run": "the run to reproduce, official files",
+        "machine": "one A100",
         "epochs": len(log),
         "n": 1,
         "test accuracy": f"{logged_accuracy(log[-1])} %",
-        "time on 2 CPU cores": "",
+        "time of a run": "",
     }
     rows = [row]
-    # Runs that had the machine for themselves.
-    bf16 = read_csv(JPEG_COPY / "default-bf16-2threads.csv")
-    fp32 = read_csv(JPEG_COPY / "default-fp32-2threads.csv")
-    default_time = f"{seconds([bf16])}, Intel Xeon with AMX, bf16; "
-    default_time += f"{seconds([fp32])}, AMD EPYC with AVX2, fp32"
-    times = {
-        "original": f"{seconds(histories('original'))}, AMD EPYC with AVX-512, bf16",
-        "default": default_time,
-        "long": "not timed",
-    }
-    for recipe in RECIPES:
-        runs = histories(recipe)
+    groups = runs_by_recipe()
+    for recipe, precision in HEADLINE:
+        runs = histories(recipe, precision)
+        group = groups[recipe, precision]
+        command = group[0]["command"].replace("train.py", "train.py --data cifar10-jpeg")
+        _, _, machine = group[0]["measured"].partition(", ")
         row = {
-            "run": f"`train.py --data cifar10-jpeg --recipe {recipe} --runs {len(runs)}`",
+            "run": f"`{command}`",
+            "machine": f"2 cores, {machine}, {precision}",
             "epochs": len(runs[0]),
             "n": len(runs),
             "test accuracy": f"**{mean_std(last_accuracies(runs))} %**",
-            "time on 2 CPU cores": times[recipe],
+            "time of a run": time_alone(recipe, precision, group),
         }
         rows.append(row)
     return table(rows)
@@ -104,21 +137,14 @@ def headline():
 
 def accuracy():
     """The runs of each recipe and precision; the accuracy of the last epoch is the result."""
-    groups = {}
-    for run in read_csv(JPEG_COPY / "runs.csv"):
-        if run["recipe"] in RECIPES:
-            groups.setdefault((run["recipe"], run["precision"]), []).append(run)
     rows = []
-    for (recipe, precision), group in groups.items():
+    for (recipe, precision), group in runs_by_recipe().items():
         runs = histories(recipe, precision)
         last = last_accuracies(runs)
         best = [max(column(run, "test_accuracy")) for run in runs]
         flip_tta = ""
         if group[0]["flip_tta"]:
             flip_tta = mean_std(column(group, "flip_tta"))
-        time = ""
-        if group[0]["idle_machine"] == "yes":
-            time = seconds(runs)
         row = {
             "command": f"`{group[0]['command']}`",
             "epochs": len(runs[0]),
@@ -128,7 +154,7 @@ def accuracy():
             "best epoch": mean_std(best),
             "flip-TTA": flip_tta,
             "threads": group[0]["threads"],
-            "time of a run": time,
+            "time of a run": time_alone(recipe, precision, group),
             "commit": "; ".join(dict.fromkeys(run["commit"] for run in group)),
             "measured": "; ".join(dict.fromkeys(run["measured"] for run in group)),
         }
@@ -163,13 +189,11 @@ def ablation():
 def log():
     """Seed 1 of recipe original, beside the log of the run that it reproduces."""
     rows = []
-    for run, logged in zip(histories("original")[0], original_log(), strict=True):
+    for run, logged in zip(histories("original", "fp32")[0], original_log(), strict=True):
         row = {
             "epoch": run["epoch"],
             "lr": f"{float(run['lr']):.6f}",
-            "train loss": f"{float(run['train_loss']):.3f}",
             "train accuracy": f"{float(run['train_accuracy']):.2f}",
-            "test loss": f"{float(run['test_loss']):.3f}",
             "test accuracy": f"{float(run['test_accuracy']):.2f}",
             "train accuracy, log": logged["train_accuracy_percent"],
             "test accuracy, log": logged_accuracy(logged),
@@ -199,12 +223,12 @@ def render(texts):
 @plots.styled
 def accuracy_curves():
     """Figure of the test accuracy by epoch of original and default, every seed."""
-    fig, ax = plots.new_figure(8, 4.5, "24 epochs on the JPEG copy of CIFAR-10, every seed")
+    fig, ax = plots.new_figure(8, 4.5, "24 epochs on the JPEG copy of CIFAR-10, fp32, every seed")
     for recipe, color, style in (
         ("original", plots.BLACK, "--"),
         ("default", plots.VERMILION, "-"),
     ):
-        runs = histories(recipe)
+        runs = histories(recipe, "fp32")
         mean = statistics.mean(last_accuracies(runs))
         label = f"{recipe}: {mean:.2f} % at the end, n = {len(runs)}"
         for run in runs:

@@ -26,10 +26,10 @@ def test_all_tables_are_up_to_date(succeeds):
 
 
 def test_a_changed_result_changes_its_tables(copied, text_figures, succeeds, fails):
-    path = copied / "results" / "cifar10-jpeg" / "original-bf16-seed1.csv"
+    path = copied / "results" / "cifar10-jpeg" / "original-fp32-seed1.csv"
     text = path.read_text()
-    assert text.count(",64.66,") == 1  # the accuracy of the last epoch
-    path.write_text(text.replace(",64.66,", ",12.34,"))
+    assert text.count(",63.61,") == 1  # the accuracy of the last epoch
+    path.write_text(text.replace(",63.61,", ",12.34,"))
     assert "out of date: README.md, results.md" in fails(report, ["--check"], status=1)
 
     assert "changed: README.md, results.md" in succeeds(report, [])
@@ -40,6 +40,9 @@ def test_a_changed_result_changes_its_tables(copied, text_figures, succeeds, fai
     path.write_text(text)
     succeeds(report, [])
     assert (copied / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+    path.unlink()
+    assert "original, fp32: 3 runs in runs.csv, 2 histories" in fails(report, [], status=1)
 
 
 def test_a_table_without_a_place_is_refused():
