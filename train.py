@@ -470,7 +470,10 @@ def new_runs(args):
 
 
 def write_config(folder, config):
-    """Write config.json, which says how a run is made; checkpoints have the same."""
+    """Write config.json, which says how a run is made; checkpoints have the same.
+
+    What a run depends on beside its settings (see environment) is that of its start.
+    """
     with atomic_write(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -647,12 +650,17 @@ def load_dataset(recipe, spec, data_dir, val_split, runtime):
     # Rank 0 goes first. The others load what it has loaded, which for "auto" may be shapes, and
     # find what it has downloaded and decoded.
     rank = runtime.ranks.rank
-    if rank == 0:
-        dataset = data.load(spec, data_dir, runtime.device)
-        spec = dataset.spec
-    spec = runtime.ranks.broadcast_object(spec)
+    loaded = None
+    try:
+        if rank == 0:
+            dataset = data.load(spec, data_dir, runtime.device)
+            loaded = dataset.spec
+    finally:  # after an error too: the others wait for this
+        loaded = runtime.ranks.broadcast_object(loaded)
+    if loaded is None:
+        raise RunError("rank 0 could not load the images")
     if rank > 0:
-        dataset = data.load(spec, data_dir, runtime.device)
+        dataset = data.load(loaded, data_dir, runtime.device)
     fingerprint = dataset.fingerprint()
     kind = "test"
     if val_split:

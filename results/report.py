@@ -29,7 +29,8 @@ HEADLINE = (  # shown in README.md
 
 def histories(recipe, precision):
     """Return the histories of a recipe on the JPEG copy, one a seed: lists of dicts of strings."""
-    paths = sorted(JPEG_COPY.glob(f"{recipe}-{precision}-seed*.csv"))
+    paths = list(JPEG_COPY.glob(f"{recipe}-{precision}-seed*.csv"))
+    paths.sort(key=lambda path: int(path.stem.rpartition("seed")[2]))
     return [read_csv(path) for path in paths]
 
 
@@ -78,14 +79,23 @@ def runs_by_recipe():
     Raises RunError for runs that have no history, or the other way around.
     """
     groups = {}
+    named = set()
     for run in read_csv(JPEG_COPY / "runs.csv"):
-        if run["recipe"] in RECIPES:
-            groups.setdefault((run["recipe"], run["precision"]), []).append(run)
-    for (recipe, precision), group in groups.items():
-        count = len(histories(recipe, precision))
-        if count != len(group):
-            line = f"{len(group)} runs in runs.csv, {count} histories"
-            raise RunError(f"{recipe}, {precision}: {line}")
+        recipe = run["recipe"]
+        precision = run["precision"]
+        if recipe in RECIPES:
+            groups.setdefault((recipe, precision), []).append(run)
+            named.add(f"{recipe}-{precision}-seed{run['seed']}.csv")
+    for group in groups.values():
+        group.sort(key=lambda run: int(run["seed"]))  # the order of histories
+
+    found = set()
+    for recipe in RECIPES:
+        for precision in ("fp32", "bf16"):
+            found |= {path.name for path in JPEG_COPY.glob(f"{recipe}-{precision}-seed*.csv")}
+    if named != found:
+        names = ", ".join(sorted(named ^ found))
+        raise RunError(f"not both in runs.csv and in {JPEG_COPY.name}/: {names}")
     return groups
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import data
 import runtime
 import train
 from checkpoint import load_checkpoint
-from cli import read_csv, sha256
+from cli import RunError, UsageError, read_csv, sha256
 from recipes import RECIPES
 from runtime import Ranks, Runtime, tune_process
 from train import Trainer
@@ -112,6 +113,20 @@ def test_ranks_evaluate_disjoint_batches_of_the_test_set(small, monkeypatch):
 
 
 # --- torchrun ---
+
+
+def test_an_error_of_rank_0_reaches_the_others(tmp_path):
+    """They wait for the images that it loads: each rank has a line, none a traceback of gloo."""
+    sent = []
+    ranks = SimpleNamespace(rank=0, broadcast_object=sent.append)
+    runtime = SimpleNamespace(ranks=ranks, device="cpu")
+    args = (RECIPES["default"], tmp_path / "nothing", tmp_path, None, runtime)
+    with pytest.raises(UsageError, match="nothing: not a folder"):
+        train.load_dataset(*args)
+    assert sent == [None]
+    ranks.rank = 1
+    with pytest.raises(RunError, match="rank 0 could not load the images"):
+        train.load_dataset(*args)
 
 
 def kill_rank(agent, rank, out):
