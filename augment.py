@@ -36,7 +36,8 @@ class EpochPlan(NamedTuple):
 def epoch_plan(recipe, num_images, image_size, seed, epoch, device):
     """Return the EpochPlan of epoch `epoch`, counted from 0: a pure function of its arguments."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))  # 56 of 64 bits
+    number = int.from_bytes(digest[:7])  # 56 bits, as a seed has to fit into an int64
+    generator = torch.Generator(device).manual_seed(number)
 
     def uniform(low, high, *shape):
         numbers = torch.rand(num_images, *shape, device=device, generator=generator)

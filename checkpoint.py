@@ -38,8 +38,9 @@ def save_checkpoint(path, model, dataset, config, epoch, test_accuracy, train_st
     if train_state is not None:
         ckpt["train_state"] = {}
         for name, value in train_state.items():
-            is_dict = isinstance(value, dict)
-            ckpt["train_state"][name] = on_cpu(value) if is_dict else value
+            if isinstance(value, dict):
+                value = on_cpu(value)
+            ckpt["train_state"][name] = value
     ckpt["sha256"] = sha256(ckpt)
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError
     torch.save(ckpt, buffer)

@@ -288,12 +288,12 @@ def atomic_write(path):
     """
     path = Path(path)
     check_regular(path)
-    # Of several processes that write the file, in containers of one folder too, the last one wins.
+    # A random name keeps writers apart, in containers too, where each may be process 1.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb+") as file:  # Windows flushes what is open for writing alone
+        with open(temporary, "rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())  # content reaches the disk before the name does
         os.replace(temporary, path)
     except OSError as error:

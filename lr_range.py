@@ -368,7 +368,7 @@ class Search:
 
         edge = find_edge(self.history)
         if len(self.history) < MIN_LRS:
-            print(f"nothing to recommend: a sweep needs {MIN_LRS} lrs (--epochs)")
+            print(f"nothing to recommend: fewer than {MIN_LRS} lrs were trained")
         elif edge is None:
             print("nothing to recommend: the loss falls by no more than its noise may explain")
         else:

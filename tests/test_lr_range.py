@@ -293,6 +293,12 @@ def test_the_sweep_alone_gives_one_reading(script, tmp_path):
     assert (tmp_path / "lr_range.png").exists()
 
 
+def test_a_sweep_of_few_lrs_recommends_nothing(script):
+    status, out, _, rows, runs = script("--epochs", 4)
+    assert (status, len(rows), runs) == (0, 4, [])
+    assert "nothing to recommend: fewer than 5 lrs were trained" in out
+
+
 def test_tables_and_the_command_to_copy(script, monkeypatch, tmp_path):
     def train(recipe, dataset, runtime, seed, lr, epochs):
         return short_run(lr, abs(lr - 0.03), epochs, own=0, count=40)
